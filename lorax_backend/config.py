@@ -1,0 +1,121 @@
+"""Configuration, read once at start: the only reader of environment variables.
+
+Every option has one name. It is the field here (`max_total_tokens`), the flag of the CLI (`--max-total-tokens`), the
+environment variable (`MAX_TOTAL_TOKENS`) and the key in `config.pbtxt` `parameters` (`max_total_tokens`). A value in
+`config.pbtxt` wins over the environment, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """All options of a server. 0 or an empty string stands for "work it out at start" where the help says so."""
+
+    model_id: str = _option("smollm2", "base model: hub id (id@revision), folder, or 'smollm2'")
+    revision: str = _option("", "hub revision of the base model; empty: main")
+    dtype: str = _option(
+        "auto", "auto (float32 on CPU, the checkpoint's on CUDA)", ("auto", "float32", "float16", "bfloat16")
+    )
+    device: str = _option("auto", "auto, cpu or cuda", ("auto", "cpu", "cuda"))
+    seed: int = _option(0, "seed of the random weights of load_format=dummy")
+    load_format: str = _option(
+        "safetensors", "safetensors, or dummy for random weights (benchmarks)", ("safetensors", "dummy")
+    )
+    tokenizer_id: str = _option("", "tokenizer: hub id or folder; empty: the model's")
+    max_input_length: int = _option(0, "longest prompt in tokens; 0: max_total_tokens - 1")
+    max_total_tokens: int = _option(0, "longest prompt + answer in tokens; 0: min(model's limit, 4096)")
+    max_batch_tokens: int = _option(0, "token budget of one step; 0: 512 on CPU, 8192 on CUDA")
+    max_batch_size: int = _option(0, "sequences running at once; 0: 64 on CPU, 256 on CUDA")
+    max_concurrent_requests: int = _option(1024, "requests in flight before new ones are refused")
+    max_stop_sequences: int = _option(4, "stop strings a request may name")
+    max_prompt_bytes: int = _option(1 << 20, "largest prompt in bytes of UTF-8, checked before tokenization")
+    block_size: int = _option(16, "tokens in a KV block")
+    num_blocks: int = _option(0, "KV blocks; 0: from free memory")
+    kv_cache_memory: float = _option(1.0, "GiB for the KV cache on CPU when num_blocks is 0")
+    cuda_memory_fraction: float = _option(0.9, "share of the GPU's memory this server may use")
+    chunked_prefill: bool = _option(True, "split long prompts over steps and mix them with decoding")
+    prefix_caching: bool = _option(True, "reuse KV blocks of equal prompt prefixes of the same adapter")
+    max_active_adapters: int = _option(128, "adapters that can be on the device at once")
+    max_lora_rank: int = _option(64, "largest adapter rank accepted")
+    adapter_pages: int = _option(0, "pages of rank 8 in the device arena; 0: 64 on CPU, from memory on CUDA")
+    adapter_memory_fraction: float = _option(0.1, "share of GPU memory for adapters when adapter_pages is 0")
+    adapter_host_bytes: int = _option(4 << 30, "bytes of loaded adapters kept in host memory")
+    default_adapter_source: str = _option("hub", "adapter_source of requests that name none", ("hub", "local"))
+    adapter_loader_threads: int = _option(4, "adapters downloaded and parsed at once")
+    adapter_load_timeout_s: float = _option(120.0, "longest download and parse of one adapter in seconds")
+    engine_process: str = _option("auto", "engine in a process of its own: auto (on CUDA), true, false",
+                                  ("auto", "true", "false"))
+    sender_threads: int = _option(4, "threads that send responses")
+    validation_workers: int = _option(2, "threads that decode and tokenize requests")
+    cancel_poll_interval_s: float = _option(0.05, "seconds between two looks for cancelled requests")
+    attention: str = _option("auto", "attention backend", ("auto", "torch", "triton", "flash_attn"))
+    lora_kernels: str = _option("auto", "LoRA kernels: triton on CUDA, torch on CPU", ("auto", "torch", "triton"))
+    cuda_graphs: bool = _option(True, "capture decode steps as CUDA graphs")
+    overlap: bool = _option(True, "launch a step before the tokens of the one before are read (CUDA)")
+    hub_cache: str = _option("", "folder of the hub's files; empty: Hugging Face's default")
+    log_level: str = _option("info", "log level", ("debug", "info", "warning", "error"))
+
+
+_ALIASES = {"huggingface_hub_cache": "hub_cache", "hf_model_id": "model_id", "hf_model_revision": "revision"}
+
+
+def _convert(name: str, kind: str, text: str, choices: tuple[str, ...]) -> Any:
+    value = text.strip()
+    if kind == "bool":
+        if value.lower() in ("1", "true", "yes", "on"):
+            return True
+        if value.lower() in ("0", "false", "no", "off"):
+            return False
+        raise ValueError(f"{name}: {text!r} is not true or false")
+    if kind in ("int", "float"):
+        try:
+            return int(value) if kind == "int" else float(value)
+        except ValueError:
+            raise ValueError(f"{name}: {text!r} is not a number") from None
+    if choices and value not in choices:
+        raise ValueError(f"{name}: {text!r} is not one of {', '.join(choices)}")
+    return value
+
+
+def load_config(parameters: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None) -> ServerConfig:
+    """Build the configuration from `config.pbtxt` parameters and the environment.
+
+    Raises:
+        ValueError: naming every option that is unknown or cannot be read.
+    """
+    environ = os.environ if environ is None else environ
+    known = {f.name: f for f in fields(ServerConfig)}
+    problems: list[str] = []
+    texts: dict[str, str] = {}
+    for source in (known, _ALIASES):
+        for name in source:
+            if environ.get(name.upper(), "") != "":
+                texts.setdefault(_ALIASES.get(name, name), environ[name.upper()])
+    for name, text in (parameters or {}).items():
+        target = _ALIASES.get(name, name)
+        if target not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            problems.append(f"{name}: unknown option" + (f"; did you mean {near[0]}?" if near else ""))
+        elif text != "":
+            texts[target] = text
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        option = known[name]
+        try:
+            values[name] = _convert(name, str(option.type), text, option.metadata["choices"])
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("bad configuration: " + "; ".join(problems))
+    return ServerConfig(**values)

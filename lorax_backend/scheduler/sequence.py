@@ -1,0 +1,113 @@
+"""Sequence: one request inside the engine, and what a step does with it. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from lorax_backend.types import AdapterRef, EngineRequest, SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens and place of one request. Only the Scheduler writes the fields below `arrival`.
+
+    `token_ids` is the prompt and every token whose value is known. `num_computed` counts tokens whose keys and
+    values are in the cache (or will be, once the steps already launched have run). `slot` is the sequence's row in
+    the runner's per-sequence state while it runs, -1 otherwise. `adapter_slot` is the index the adapter provider
+    gave, -1 for the base model. `cache_key` seeds the prefix hashes: two adapters, or two revisions of one, never
+    share blocks. `num_in_flight` counts launched steps whose token is not known yet.
+    """
+
+    handle: int
+    prompt_len: int
+    sampling: SamplingParams
+    adapter: AdapterRef | None
+    priority: int
+    arrival: float
+    token_ids: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed: int = 0
+    num_cached: int = 0
+    num_in_flight: int = 0
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    slot: int = -1
+    adapter_slot: int = -1
+    cache_key: str = ""
+    first_scheduled: float | None = None
+
+    @classmethod
+    def from_request(cls, request: EngineRequest, arrival: float) -> Sequence:
+        return cls(
+            handle=request.handle,
+            prompt_len=len(request.prompt_ids),
+            sampling=request.sampling,
+            adapter=request.adapter,
+            priority=request.priority,
+            arrival=arrival,
+            token_ids=list(request.prompt_ids),
+        )
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, known ones only."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens plus those being sampled by launched steps."""
+        return len(self.token_ids) + self.num_in_flight
+
+
+@dataclass(slots=True, frozen=True)
+class ScheduledSequence:
+    """`count` tokens of one sequence, from position `start` on, to be computed in one step.
+
+    `sample` says that the last of them is the sequence's last token, so that a next token is drawn. When
+    `start + count > len(seq.token_ids)`, the missing last id is the one the step before drew for `seq.slot`; it is
+    still on the device. `generated_index` is the 0-based index of the token to be drawn (the position in the
+    sequence's random stream).
+    """
+
+    seq: Sequence
+    start: int
+    count: int
+    sample: bool
+    generated_index: int = 0
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step. Sequences that decode (count 1) come first, then prefill chunks.
+
+    Block tables are already long enough for every scheduled token. `finished_slots` are runner rows freed since the
+    last step.
+    """
+
+    sequences: list[ScheduledSequence]
+    num_tokens: int
+    finished_slots: list[int] = field(default_factory=list)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(1 for item in self.sequences if item.sample)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step drew: one entry a scheduled sequence with `sample`, in batch order.
+
+    `logprobs` holds natural logs of the chosen tokens' probabilities after all processors, in fp32; None where the
+    sequence did not ask. `top_logprobs` likewise, (id, logprob) pairs, best first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+    top_logprobs: list[tuple[tuple[int, float], ...] | None]
