@@ -1,0 +1,1 @@
+"""Starting a real tritonserver on a generated model repository. Standard library only."""

@@ -1,0 +1,1 @@
+from lorax_backend.triton_model import TritonPythonModel as TritonPythonModel

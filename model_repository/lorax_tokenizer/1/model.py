@@ -1,0 +1,1 @@
+from lorax_backend.tokenizer_model import TritonPythonModel as TritonPythonModel
