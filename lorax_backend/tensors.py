@@ -1,8 +1,8 @@
 """The one table of input and output tensors of the three Triton models. Standard library only.
 
-`config.pbtxt` of every model is generated from it (`server.repository`), requests are decoded by it (`triton_io`) and
-the client is tested against it. Every input is optional: which combinations make sense is decided after decoding,
-with an error that names the field.
+`config.pbtxt` of every model is generated from it (`server.repository`), requests are decoded by it
+(`triton_io`) and the client is tested against it. Every input is optional: which combinations make sense is
+decided after decoding, with an error that names the field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ LIST = (-1,)
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor. `datatype` is the name on the wire (BYTES, BOOL, INT32...); `dims` is (1,) or, for lists, (-1,)."""
+    """One tensor. `datatype` is the name on the wire (BYTES, BOOL, INT32...); `dims` is (1,) or, for lists,
+    (-1,)."""
 
     name: str
     datatype: str
@@ -89,22 +90,33 @@ _ANSWER_INPUTS: tuple[TensorSpec, ...] = (
     _text("embedding_request", "JSON of an embedding request"),
 )
 
-CONTROL_INPUT = _text("control", 'JSON command instead of a generation: {"command": "cancel", "request_id": "..."}, '
-                      '"info", "stats", "adapters" or "check"; the answer is in details')
+CONTROL_INPUT = _text(
+    "control",
+    'JSON command instead of a generation: {"command": "cancel", "request_id": "..."}, '
+    '"info", "stats", "adapters" or "check"; the answer is in details',
+)
 
-GENERATION_INPUTS: tuple[TensorSpec, ...] = PROMPT_INPUTS + _SAMPLING_INPUTS + _ADAPTER_INPUTS + _ANSWER_INPUTS
+GENERATION_INPUTS: tuple[TensorSpec, ...] = (
+    PROMPT_INPUTS + _SAMPLING_INPUTS + _ADAPTER_INPUTS + _ANSWER_INPUTS
+)
 INPUTS: tuple[TensorSpec, ...] = (*GENERATION_INPUTS, CONTROL_INPUT)
 
 OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("text_output", "BYTES", LIST, "text since the last response"),
     TensorSpec("token_ids", "INT32", LIST, "ids generated since the last response"),
-    TensorSpec("tokens", "BYTES", LIST, "one JSON object a token: id, text, logprob, special, alternative_tokens"),
-    TensorSpec("finish_reason", "BYTES", LIST, "last response: length, eos_token or stop_sequence; else empty"),
+    TensorSpec(
+        "tokens", "BYTES", LIST, "one JSON object a token: id, text, logprob, special, alternative_tokens"
+    ),
+    TensorSpec(
+        "finish_reason", "BYTES", LIST, "last response: length, eos_token or stop_sequence; else empty"
+    ),
     TensorSpec("logprobs", "BYTES", LIST, "JSON list, one {id: {logprob, rank, decoded_token}} a new token"),
     TensorSpec("cumulative_logprob", "FP32", LIST, "sum of the log probabilities so far"),
     TensorSpec("num_input_tokens", "UINT32", SCALAR, "tokens of the prompt; first response"),
     TensorSpec("num_output_tokens", "UINT32", LIST, "tokens generated since the last response"),
-    TensorSpec("details", "BYTES", SCALAR, "last response: JSON of counts, seed, timings; the answer to control"),
+    TensorSpec(
+        "details", "BYTES", SCALAR, "last response: JSON of counts, seed, timings; the answer to control"
+    ),
     TensorSpec("embedding", "FP32", LIST, "embedding vector"),
 )
 
@@ -120,7 +132,8 @@ OUTPUT_FLAGS: dict[str, str] = {
     "details": "return_details",
 }
 
-# The tokenizer needs what decides the prompt's ids, and no more; request parameters reach every model by themselves.
+# The tokenizer needs what decides the prompt's ids, and no more; request parameters reach every model by
+# themselves.
 TOKENIZER_INPUTS: tuple[TensorSpec, ...] = (*PROMPT_INPUTS, _SAMPLING_INPUTS[0])
 TOKENIZER_OUTPUTS: tuple[TensorSpec, ...] = (PROMPT_INPUTS[2],)
 

@@ -1,7 +1,8 @@
-"""The Triton model repository: `config.pbtxt` of the three models, generated from `tensors`, and their `model.py`.
+"""The Triton model repository: `config.pbtxt` of the three models, generated from `tensors`, and their
+`model.py`.
 
-`model_repository/` of the checkout is this generator's output with no options filled in, so it takes all options from
-the environment. `python -m lorax_backend.server.repository DEST` writes it anew.
+`model_repository/` of the checkout is this generator's output with no options filled in, so it takes all
+options from the environment. `python -m lorax_backend.server.repository DEST` writes it anew.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ _MODEL_FILES = {
     ENGINE_MODEL: "from lorax_backend.triton_model import TritonPythonModel as TritonPythonModel\n",
     TOKENIZER_MODEL: "from lorax_backend.tokenizer_model import TritonPythonModel as TritonPythonModel\n",
 }
-_HEADER = "# Written by lorax_backend/server/repository.py from lorax_backend/tensors.py; do not edit by hand.\n"
+_HEADER = (
+    "# Written by lorax_backend/server/repository.py from lorax_backend/tensors.py; do not edit by hand.\n"
+)
 _CONFIG_TYPES = {"BYTES": "TYPE_STRING"}
 
 
 def config_type(datatype: str) -> str:
-    """The name a model configuration uses for a datatype of the wire: BYTES is TYPE_STRING, INT32 is TYPE_INT32."""
+    """The name a model configuration uses for a datatype of the wire: BYTES is TYPE_STRING, INT32 is
+    TYPE_INT32."""
     return _CONFIG_TYPES.get(datatype, f"TYPE_{datatype}")
 
 
@@ -48,9 +52,9 @@ def _tensor_block(field: str, specs: Iterable[TensorSpec], optional: bool) -> st
     for spec in specs:
         dims = ", ".join(str(size) for size in spec.dims)
         tail = ", optional: true" if optional else ""
+        kind = config_type(spec.datatype)
         items.append(
-            f"  # {spec.doc}\n"
-            f"  {{ name: {_quote(spec.name)}, data_type: {config_type(spec.datatype)}, dims: [ {dims} ]{tail} }}"
+            f"  # {spec.doc}\n  {{ name: {_quote(spec.name)}, data_type: {kind}, dims: [ {dims} ]{tail} }}"
         )
     return f"{field} [\n" + ",\n".join(items) + "\n]\n"
 
@@ -75,12 +79,16 @@ def _step(model: str, inputs: Iterable[tuple[str, str]], outputs: Iterable[tuple
     return (
         "    {\n"
         f"      model_name: {_quote(model)}\n"
-        "      model_version: -1\n" + _map_block("input_map", inputs) + _map_block("output_map", outputs) + "    }"
+        "      model_version: -1\n"
+        + _map_block("input_map", inputs)
+        + _map_block("output_map", outputs)
+        + "    }"
     )
 
 
 def engine_config(parameters: Mapping[str, str]) -> str:
-    """`config.pbtxt` of `lorax`: decoupled, one instance, no batch dimension (the engine batches by itself)."""
+    """`config.pbtxt` of `lorax`: decoupled, one instance, no batch dimension (the engine batches by
+    itself)."""
     return (
         _HEADER
         + f'name: "{ENGINE_MODEL}"\nbackend: "python"\nmax_batch_size: 0\n'
@@ -107,8 +115,8 @@ def tokenizer_config(parameters: Mapping[str, str], instances: int) -> str:
 def ensemble_config() -> str:
     """`config.pbtxt` of `lorax_ensemble`: tokenizer, then engine.
 
-    Nothing may stand behind the decoupled step: its responses would cost twice as much, and a stream would be cut
-    when the server drains.
+    Nothing may stand behind the decoupled step: its responses would cost twice as much, and a stream would be
+    cut when the server drains.
     """
     prompt = {spec.name for spec in TOKENIZER_INPUTS} - {"sampling_parameters"}
     passed_on = [(spec.name, spec.name) for spec in GENERATION_INPUTS if spec.name not in prompt]
@@ -145,8 +153,8 @@ def write_repository(
 ) -> Path:
     """Write the model repository to `dest` and return it.
 
-    `config_overrides` are options of `config.ServerConfig` as text; they become `parameters` of both Python models
-    and win over the environment. Files of the same names are replaced, others are left alone.
+    `config_overrides` are options of `config.ServerConfig` as text; they become `parameters` of both Python
+    models and win over the environment. Files of the same names are replaced, others are left alone.
     """
     for name, text in repository_files(config_overrides or {}, tokenizer_instances).items():
         path = dest / name
