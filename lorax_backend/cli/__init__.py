@@ -1,1 +1,1 @@
-
+"""The command line: `lorax-triton serve` and `lorax-triton info`."""
