@@ -1,1 +1,36 @@
+"""Kernels of multi-LoRA serving. Standalone: torch, triton and numpy only.
 
+Every function runs as Triton kernels on CUDA tensors and as its torch twin (`reference`, `attention_reference`)
+elsewhere. Layout of the adapter pages: `layout`. What a step's kernels are told: `metadata`.
+"""
+
+from lorax_kernels.dispatch import (
+    add_lora,
+    bgmv_expand,
+    bgmv_shrink,
+    paged_attention,
+    sgmv_expand,
+    sgmv_shrink,
+    write_kv,
+)
+from lorax_kernels.layout import PAGE_RANK, LoraSite, PageLayout, pages_for_rank
+from lorax_kernels.metadata import AttentionBatch, LoraBatch, LoraSegment
+from lorax_kernels.worklist import WorkBuffer
+
+__all__ = [
+    "PAGE_RANK",
+    "AttentionBatch",
+    "LoraBatch",
+    "LoraSegment",
+    "LoraSite",
+    "PageLayout",
+    "WorkBuffer",
+    "add_lora",
+    "bgmv_expand",
+    "bgmv_shrink",
+    "paged_attention",
+    "pages_for_rank",
+    "sgmv_expand",
+    "sgmv_shrink",
+    "write_kv",
+]

@@ -1,0 +1,186 @@
+"""The LoRA work list in device memory: which row blocks meet which pages. One int32 buffer, one copy a step.
+
+Sections, in this order (capacities in `WorkCapacity`):
+
+    header [8]               row blocks, shrink units, rows, 0...
+    rows   [rows]            token rows grouped by adapter
+    blocks [blocks, 4]       first position in `rows`, rows, first position in `pages`, pages
+    units  [units, 2]        row block, first page of it: a unit is a row block times one page group
+    pages  [pages]           page numbers, adapter by adapter
+
+A row block is at most `block_rows` rows of one adapter. Kernels take their loop bounds from the header, so that a
+captured graph runs any batch whose token count fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+HEADER = 8
+DECODE_MAX_TOKENS = 256
+"""Up to this many token rows a batch counts as decode: small row blocks, one page a unit."""
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkCapacity:
+    """Entries each section has room for, and where the sections begin."""
+
+    rows: int
+    blocks: int
+    units: int
+    pages: int
+
+    @property
+    def rows_at(self) -> int:
+        return HEADER
+
+    @property
+    def blocks_at(self) -> int:
+        return _align4(self.rows_at + self.rows)
+
+    @property
+    def units_at(self) -> int:
+        return self.blocks_at + 4 * self.blocks
+
+    @property
+    def pages_at(self) -> int:
+        return self.units_at + 2 * self.units
+
+    @property
+    def size(self) -> int:
+        return self.pages_at + self.pages
+
+
+@dataclass(frozen=True, slots=True)
+class WorkShape:
+    """How a batch of this many tokens is cut: rows in a block, pages in a unit."""
+
+    block_rows: int
+    unit_pages: int
+
+    @classmethod
+    def for_tokens(cls, num_tokens: int) -> WorkShape:
+        return cls(16, 1) if num_tokens <= DECODE_MAX_TOKENS else cls(64, 2)
+
+    @property
+    def decode(self) -> bool:
+        return self.unit_pages == 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWork:
+    """A work list on the device and the static facts that kernels are launched by.
+
+    `max_pages` bounds the pages of any adapter in the list; with `fixed`, the list lives in a `WorkBuffer` and only
+    capacities may be used for grids. Otherwise `num_blocks` and `num_units` are this batch's own.
+    """
+
+    data: torch.Tensor
+    capacity: WorkCapacity
+    shape: WorkShape
+    num_tokens: int
+    max_pages: int
+    num_blocks: int
+    num_units: int
+    fixed: bool
+
+
+class WorkBuffer:
+    """Device memory of fixed address for the work lists of decode steps of `num_tokens` rows.
+
+    Args:
+        num_tokens: token rows of the padded batch.
+        max_pages: pages of the largest adapter admitted.
+        ring: host copies kept, at least the number of steps that may be in flight, so that none is overwritten
+            while the device still reads it.
+    """
+
+    def __init__(self, num_tokens: int, max_pages: int, device: torch.device | str, ring: int = 4) -> None:
+        if num_tokens > DECODE_MAX_TOKENS:
+            raise ValueError(
+                f"num_tokens: {num_tokens} is more than a decode batch holds ({DECODE_MAX_TOKENS})"
+            )
+        self.num_tokens = num_tokens
+        self.max_pages = max_pages
+        pairs = num_tokens * max_pages
+        self.capacity = WorkCapacity(rows=num_tokens, blocks=num_tokens, units=pairs, pages=pairs)
+        device = torch.device(device)
+        self.data = torch.zeros(self.capacity.size, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._ring = [
+            torch.zeros(self.capacity.size, dtype=torch.int32, pin_memory=pinned) for _ in range(ring)
+        ]
+        self._next = 0
+
+    def host(self) -> torch.Tensor:
+        """The next host copy to fill."""
+        buffer = self._ring[self._next]
+        self._next = (self._next + 1) % len(self._ring)
+        return buffer
+
+
+def build_work(
+    num_tokens: int,
+    rows: IntArray,
+    starts: IntArray,
+    counts: IntArray,
+    num_pages: IntArray,
+    pages: IntArray,
+    device: torch.device | str,
+    buffer: WorkBuffer | None,
+) -> LoraWork:
+    """Cut segments (`starts`, `counts` into `rows`; `num_pages` of the flat list `pages`) into blocks and units."""
+    shape = WorkShape.for_tokens(buffer.num_tokens if buffer else num_tokens)
+    segment_blocks = -(-counts // shape.block_rows)
+    block_segment = np.repeat(np.arange(counts.size), segment_blocks)
+    block_index = np.arange(block_segment.size) - np.repeat(
+        np.cumsum(segment_blocks) - segment_blocks, segment_blocks
+    )
+    blocks = np.empty((block_segment.size, 4), dtype=np.int32)
+    blocks[:, 0] = starts[block_segment] + block_index * shape.block_rows
+    blocks[:, 1] = np.minimum(shape.block_rows, counts[block_segment] - block_index * shape.block_rows)
+    blocks[:, 2] = (np.cumsum(num_pages) - num_pages)[block_segment]
+    blocks[:, 3] = num_pages[block_segment]
+    block_units = -(-blocks[:, 3] // shape.unit_pages)
+    units = np.empty((int(block_units.sum()), 2), dtype=np.int32)
+    units[:, 0] = np.repeat(np.arange(blocks.shape[0]), block_units)
+    units[:, 1] = (
+        np.arange(units.shape[0]) - np.repeat(np.cumsum(block_units) - block_units, block_units)
+    ) * shape.unit_pages
+    if buffer is not None:
+        capacity, host, data = buffer.capacity, buffer.host(), buffer.data
+    else:
+        capacity = WorkCapacity(rows.size, blocks.shape[0], units.shape[0], pages.size)
+        host = torch.empty(capacity.size, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+        data = torch.empty_like(host, device=device)
+    flat = host.numpy()
+    flat[:HEADER] = 0
+    flat[:3] = blocks.shape[0], units.shape[0], rows.size
+    for at, part in (
+        (capacity.rows_at, rows),
+        (capacity.blocks_at, blocks),
+        (capacity.units_at, units),
+        (capacity.pages_at, pages),
+    ):
+        flat[at : at + part.size] = part.reshape(-1)
+    data.copy_(host, non_blocking=True)
+    return LoraWork(
+        data=data,
+        capacity=capacity,
+        shape=shape,
+        num_tokens=num_tokens,
+        max_pages=buffer.max_pages if buffer else int(num_pages.max(initial=0)),
+        num_blocks=blocks.shape[0],
+        num_units=units.shape[0],
+        fixed=buffer is not None,
+    )
+
+
+def _align4(entries: int) -> int:
+    return -(-entries // 4) * 4
