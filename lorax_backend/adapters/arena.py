@@ -11,9 +11,9 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 import torch
-from lorax_kernels.layout import PageLayout, pages_for_rank
 
 from lorax_backend.adapters.host_adapter import HostAdapter
+from lorax_kernels.layout import PageLayout, pages_for_rank
 
 
 def site_kind(site: str) -> str:
@@ -51,9 +51,8 @@ class LoraArena:
             ValueError: fewer than one page or slot.
         """
         if num_pages < 1 or max_slots < 1 or max_rank < 1:
-            raise ValueError(
-                f"adapter arena: num_pages={num_pages}, max_slots={max_slots} and max_rank={max_rank} must be at least 1"
-            )
+            found = f"num_pages={num_pages}, max_slots={max_slots}, max_rank={max_rank}"
+            raise ValueError(f"adapter arena: {found}: each must be at least 1")
         self.layout = layout
         self.num_pages = num_pages
         self.max_slots = max_slots
@@ -61,17 +60,24 @@ class LoraArena:
         self.device = torch.device(device)
         self.pages = torch.zeros(num_pages, layout.page_size, dtype=dtype, device=self.device)
         self.max_pages_per_slot = pages_for_rank(max_rank)
-        self.slot_pages: npt.NDArray[np.int32] = np.full((max_slots, self.max_pages_per_slot), -1, dtype=np.int32)
+        self.slot_pages: npt.NDArray[np.int32] = np.full(
+            (max_slots, self.max_pages_per_slot), -1, dtype=np.int32
+        )
         self.slot_ranks: npt.NDArray[np.int32] = np.zeros(max_slots, dtype=np.int32)
         self._site_index = {key: index for index, key in enumerate(layout.sites)}
         self.site_kinds = tuple(dict.fromkeys(site_kind(key) for key in layout.sites))
         self._kind_index = {kind: index for index, kind in enumerate(self.site_kinds)}
         self.slot_sites: npt.NDArray[np.bool_] = np.zeros((max_slots, len(layout.sites)), dtype=np.bool_)
         self.slot_kinds: npt.NDArray[np.bool_] = np.zeros((max_slots, len(self.site_kinds)), dtype=np.bool_)
-        self._free_pages = list(range(num_pages))  # heaps: the lowest number first, so that runs repeat exactly
+        self._free_pages = list(
+            range(num_pages)
+        )  # heaps: the lowest number first, so that runs repeat exactly
         self._free_slots = list(range(max_slots))
-        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pages_idle: torch.cuda.Event | None = None
+        self._copy_stream = self._new_stream()
+        # The first write must come after the zeroing, every later one after the steps that read freed pages.
+        self._pages_idle = (
+            torch.cuda.current_stream(self.device).record_event() if self._copy_stream else None
+        )
 
     @property
     def num_free_pages(self) -> int:
@@ -111,7 +117,8 @@ class LoraArena:
         """Copy an adapter into a slot just allocated for its rank; steps launched from now on see it.
 
         On CUDA the copy runs on a stream of its own, after the steps that may still read the pages' last owner, and
-        the current stream waits for it; the host waits for neither if `adapter.pages` is pinned.
+        the calling thread's current stream, on which steps are launched, waits for it; the host waits for neither if
+        `adapter.pages` is pinned.
 
         Raises:
             ValueError: the slot is free or was allocated for another rank, or the pages are of another layout or
@@ -183,6 +190,9 @@ class LoraArena:
         for slot in used:
             if len(self._pages_of(slot)) != pages_for_rank(int(self.slot_ranks[slot])):
                 raise AssertionError(f"adapter slot {slot} holds the wrong number of pages")
+
+    def _new_stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _pages_of(self, slot: int) -> list[int]:
         row = self.slot_pages[slot]

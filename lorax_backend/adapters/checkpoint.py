@@ -1,0 +1,299 @@
+"""From a PEFT folder to a `HostAdapter`: every tensor matched with a layer of the base, checked, and put in pages.
+
+Nothing here reaches the network or unpickles. All problems of an adapter are found and reported together, because
+each one fixed costs its author an upload.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorax_backend.adapters.host_adapter import HostAdapter
+from lorax_backend.adapters.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lorax_backend.adapters.tensor_names import LORA_A, LORA_B, TensorName, parse_tensor_name
+from lorax_backend.errors import AdapterIncompatibleError, AdapterNotFoundError, AdapterTooLargeError
+from lorax_backend.model.lora import LoraTarget
+from lorax_kernels.layout import PAGE_RANK, PageLayout, pages_for_rank
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_NOT_WEIGHTS = ("arguments", "args", "training")
+_DTYPES = ("F32", "F16", "BF16", "F64")
+_MAX_LISTED = 3  # tensors with the same problem named before the rest is only counted
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredTensor:
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(slots=True)
+class _Module:
+    """A and B of one layer of the base, as far as they were found. `raw` is its name in the adapter's own words."""
+
+    path: str
+    raw: str
+    target: LoraTarget
+    a: _StoredTensor | None = None
+    b: _StoredTensor | None = None
+    rank: int = 0
+    scaling: float = 0.0
+
+
+@dataclass(slots=True)
+class _Problems:
+    """What is wrong with an adapter. A mistake made in 200 tensors is told once, with the first of their names."""
+
+    general: list[str] = field(default_factory=list)
+    tensors: dict[str, list[str]] = field(default_factory=dict)
+    too_large: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        self.general.append(text)
+
+    def add_tensor(self, tensor: _StoredTensor, text: str) -> None:
+        self.tensors.setdefault(text, []).append(tensor.name)
+
+    def raise_if_any(self, folder: Path) -> None:
+        kind = AdapterIncompatibleError if self.general or self.tensors else AdapterTooLargeError
+        texts = self.too_large + self.general
+        for text, names in self.tensors.items():
+            more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+            texts.append(f"{', '.join(names[:_MAX_LISTED])}{more}: {text}")
+        if texts:
+            raise kind(f"adapter {folder.name} cannot be used with this base model: " + "; ".join(texts))
+
+
+def load_adapter(
+    folder: Path,
+    targets: Mapping[str, LoraTarget],
+    layout: PageLayout,
+    dtype: torch.dtype,
+    max_rank: int,
+    pin_memory: bool = False,
+) -> HostAdapter:
+    """Read the adapter in `folder` (adapter_config.json and safetensors) into pages of `layout` in `dtype`.
+
+    The scaling (alpha / r, or alpha / sqrt(r)) is folded into B in float32 before the cast. `targets` maps module
+    paths of the base model to their places in the layout. `pin_memory` asks for page-locked pages (CUDA only).
+
+    Raises:
+        AdapterNotFoundError: the folder holds no adapter_config.json or no weights.
+        AdapterIncompatibleError: naming everything that does not fit the base or is not supported.
+        AdapterTooLargeError: the only problem is a rank above `max_rank`.
+    """
+    problems = _Problems()
+    try:
+        config, config_problems = read_peft_config(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise AdapterNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no PEFT adapter") from None
+    except OSError as error:
+        raise AdapterNotFoundError(f"{folder / CONFIG_NAME} cannot be read: {error.strerror}") from None
+    for problem in config_problems:
+        problems.add(problem)
+    stored = [tensor for file in weight_files(folder) for tensor in _read_header(file, problems)]
+    modules = _match_modules(stored, targets, problems)
+    for module in modules.values():
+        _check_shapes(module, problems)
+    if config is not None:
+        _check_against_config(modules, config, max_rank, problems)
+    problems.raise_if_any(folder)
+    if not modules:
+        raise AdapterIncompatibleError(f"adapter {folder.name} holds no LoRA weights")
+    pages = _fill_pages(modules, layout, dtype, pin_memory, problems)
+    problems.raise_if_any(folder)
+    return HostAdapter(
+        pages=pages,
+        rank=max(module.rank for module in modules.values()),
+        sites=frozenset(module.target.site for module in modules.values()),
+        modules=tuple(sorted(modules)),
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a PEFT folder: adapter_model.safetensors, else every file that may hold weights.
+
+    Raises:
+        AdapterNotFoundError: there are none.
+        AdapterIncompatibleError: there are weights in another format only.
+    """
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    found = choose_weight_names(entry.name for entry in sorted(folder.iterdir()) if entry.is_file())
+    return [folder / name for name in found]
+
+
+def choose_weight_names(names: Iterable[str]) -> list[str]:
+    """Pick the weights among the files at the top of an adapter's folder or repository; raises as `weight_files`."""
+    names = list(names)
+    if WEIGHTS_NAME in names:
+        return [WEIGHTS_NAME]
+    found = [
+        name for name in names if name.endswith(".safetensors") and not any(w in name for w in _NOT_WEIGHTS)
+    ]
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "adapter" in name]
+    if not found and pickled:
+        raise AdapterIncompatibleError(
+            f"{pickled[0]} is a pickle, which can run code when it is read and is refused; save the adapter as "
+            f"{WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True))"
+        )
+    if not found:
+        raise AdapterNotFoundError(f"there is no {WEIGHTS_NAME} beside {CONFIG_NAME}")
+    return found
+
+
+def _read_header(file: Path, problems: _Problems) -> list[_StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            tensors = []
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                view = handle.get_slice(name)
+                tensors.append(_StoredTensor(file, name, tuple(view.get_shape()), view.get_dtype()))
+            return tensors
+    except (SafetensorError, OSError) as error:
+        problems.add(
+            f"{file.name} is damaged, truncated or not safetensors ({error}); save or download it again"
+        )
+        return []
+
+
+def _match_modules(
+    stored: Iterable[_StoredTensor], targets: Mapping[str, LoraTarget], problems: _Problems
+) -> dict[str, _Module]:
+    modules: dict[str, _Module] = {}
+    for tensor in stored:
+        name = parse_tensor_name(tensor.name, targets)
+        if name.problem:
+            problems.add_tensor(tensor, name.problem)
+        elif tensor.dtype not in _DTYPES:
+            problems.add_tensor(tensor, f"dtype {tensor.dtype} is not one of {', '.join(_DTYPES)}")
+        else:
+            _place(tensor, name, modules, targets, problems)
+    return modules
+
+
+def _place(
+    tensor: _StoredTensor,
+    name: TensorName,
+    modules: dict[str, _Module],
+    targets: Mapping[str, LoraTarget],
+    problems: _Problems,
+) -> None:
+    module = modules.setdefault(name.module, _Module(name.module, name.raw_module, targets[name.module]))
+    taken = module.a if name.part == LORA_A else module.b
+    if taken is not None:
+        problems.add_tensor(tensor, f"the same {name.part} as {taken.name}")
+    elif name.part == LORA_A:
+        module.a = tensor
+    else:
+        module.b = tensor
+
+
+def _check_shapes(module: _Module, problems: _Problems) -> None:
+    a, b, target = module.a, module.b, module.target
+    for tensor, partner, missing in ((a, b, LORA_B), (b, a, LORA_A)):
+        if tensor is not None and partner is None:
+            problems.add_tensor(tensor, f"there is no {missing} beside it")
+    if a is not None and (len(a.shape) != 2 or a.shape[1] != target.in_features or a.shape[0] == 0):
+        problems.add_tensor(
+            a, f"the base model needs shape [rank, {target.in_features}], found {list(a.shape)}"
+        )
+    elif b is not None and (len(b.shape) != 2 or b.shape[0] != target.out_features):
+        problems.add_tensor(
+            b, f"the base model needs shape [{target.out_features}, rank], found {list(b.shape)}"
+        )
+    elif a is not None and b is not None and a.shape[0] != b.shape[1]:
+        problems.add_tensor(
+            b, f"its rank is {b.shape[1]}, but that of the {LORA_A} beside it is {a.shape[0]}"
+        )
+    elif a is not None and b is not None:
+        module.rank = a.shape[0]
+
+
+def _check_against_config(
+    modules: Mapping[str, _Module], config: PeftConfig, max_rank: int, problems: _Problems
+) -> None:
+    largest = max([module.rank for module in modules.values()], default=config.rank)
+    if largest > max_rank:
+        problems.too_large.append(f"rank {largest} is above the server's max_lora_rank {max_rank}")
+    for module in modules.values():
+        if module.a is None or module.rank == 0:
+            continue  # reported by _check_shapes
+        try:
+            if not any(config.selects(name) for name in (module.raw, module.path)):
+                reason = "is not chosen by target_modules, exclude_modules and layers_to_transform"
+                problems.add_tensor(module.a, f"its module {reason} of {CONFIG_NAME}")
+            declared = config.rank_for(module.raw)
+            if declared != module.rank:
+                found = f"its rank is {module.rank}, but r and rank_pattern of {CONFIG_NAME} say {declared}"
+                problems.add_tensor(module.a, found)
+            module.scaling = config.scaling_for(module.raw, module.rank)
+        except ValueError as error:
+            problems.add(f"{CONFIG_NAME}: {error}")
+            return
+
+
+def _fill_pages(
+    modules: Mapping[str, _Module],
+    layout: PageLayout,
+    dtype: torch.dtype,
+    pin_memory: bool,
+    problems: _Problems,
+) -> torch.Tensor:
+    count = pages_for_rank(max(module.rank for module in modules.values()))
+    pages = torch.zeros(count, layout.page_size, dtype=dtype, pin_memory=pin_memory)
+    views = {
+        site: (layout.a_view(pages, site), layout.b_view(pages, site), layout.sites[site].out_slices)
+        for site in {module.target.site for module in modules.values()}
+    }
+    for module, a, b in _read_weights(modules, problems):
+        a_view, b_view, slices = views[module.target.site]
+        offset = sum(slices[: module.target.slice])
+        a_slice = a_view[:, module.target.slice]
+        b_slice = b_view[:, :, offset : offset + module.target.out_features]
+        b_scaled = (b.to(torch.float32) * module.scaling).t()
+        for page in range(pages_for_rank(module.rank)):
+            first, last = page * PAGE_RANK, min((page + 1) * PAGE_RANK, module.rank)
+            a_slice[page, : last - first] = a[first:last]
+            b_slice[page, : last - first] = b_scaled[first:last]
+        for part, view in ((module.a, a_slice), (module.b, b_slice)):
+            if part is not None and not _is_finite(view):
+                problems.add_tensor(part, f"holds NaN or infinity as {str(dtype).removeprefix('torch.')}")
+    return pages
+
+
+def _read_weights(
+    modules: Mapping[str, _Module], problems: _Problems
+) -> Iterator[tuple[_Module, torch.Tensor, torch.Tensor]]:
+    """A and B of every module. Files are read, not mapped: a mapped file cut short meanwhile kills the process."""
+    pairs = [(module, module.a, module.b) for module in modules.values()]
+    files = {tensor.file for _, a, b in pairs for tensor in (a, b) if tensor is not None}
+    loaded: dict[Path, dict[str, torch.Tensor]] = {}
+    for file in files:
+        try:
+            loaded[file] = safetensors.torch.load(file.read_bytes())
+        except (SafetensorError, OSError) as error:
+            problems.add(f"{file.name} changed or vanished while it was read: {error}")
+            return
+    for module, a, b in pairs:
+        if a is None or b is None:
+            continue
+        a_data, b_data = loaded[a.file].get(a.name), loaded[b.file].get(b.name)
+        if a_data is None or b_data is None or a_data.shape != a.shape or b_data.shape != b.shape:
+            problems.add(f"{a.file.name} changed while it was read; try again")
+            return
+        yield module, a_data, b_data
+
+
+def _is_finite(view: torch.Tensor) -> bool:
+    low, high = torch.aminmax(view)  # NaN propagates to both
+    return math.isfinite(low.item()) and math.isfinite(high.item())
