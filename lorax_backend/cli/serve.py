@@ -190,8 +190,9 @@ class _LogWatcher:
         message = progress_message(line)
         if self._verbose:
             self._display.line(line)
-        elif message is not None and self._loading:
-            self._display.progress(message)
+        elif message is not None:
+            if self._loading:
+                self._display.progress(message)
         elif not self._loading and worth_showing(line):
             self._display.line(line)
 
