@@ -1,0 +1,166 @@
+"""InputBatch: a scheduled step as tensors. All work on the host is numpy; nothing waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lorax_backend.adapters.arena import LoraArena
+from lorax_backend.model.decoder import LoraBatches
+from lorax_backend.model.lora import LM_HEAD
+from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
+from lorax_kernels import AttentionBatch, LoraBatch
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class InputBatch:
+    """Everything a forward pass reads. T tokens, R rows that sample.
+
+    Attributes:
+        input_ids, positions: int32 [T].
+        sampled: the sequences that sample, in batch order; row r of the logits belongs to sampled[r].
+        sampled_slots: int64 [R], their runner slots.
+        logit_rows: int64 [R], token rows that sample; None if all T do.
+        head_lora: the adapter rows of the logits, None if no sampled row's adapter changes lm_head.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionBatch
+    lora: LoraBatches
+    sampled: list[ScheduledSequence]
+    sampled_slots: torch.Tensor | None
+    logit_rows: torch.Tensor | None
+    head_lora: LoraBatch | None
+
+
+@dataclass(slots=True)
+class _TableRow:
+    """Whose block table a mirror row holds, and how many of its blocks."""
+
+    handle: int = -1
+    preemptions: int = -1
+    length: int = 0
+
+
+@dataclass(slots=True)
+class BatchBuilder:
+    """Builds input batches. Owns a numpy mirror of the running sequences' block tables, one row a runner slot, so that
+    a decode step copies only the blocks that are new."""
+
+    block_size: int
+    max_num_seqs: int
+    max_blocks: int
+    device: torch.device
+    arena: LoraArena
+    _tables: IntArray = field(init=False)
+    _rows: list[_TableRow] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tables = np.zeros((self.max_num_seqs, self.max_blocks), dtype=np.int32)
+        self._rows = [_TableRow() for _ in range(self.max_num_seqs)]
+
+    def build(self, batch: ScheduledBatch, last_token: torch.Tensor) -> InputBatch:
+        """`last_token` int64 [slots], on the device: the ids of tokens drawn but not yet known to the host."""
+        items = batch.sequences
+        starts = np.array([item.start for item in items], dtype=np.int32)
+        counts = np.array([item.count for item in items], dtype=np.int32)
+        query_start = np.zeros(len(items) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        row_of_token = np.repeat(np.arange(len(items)), counts)
+        positions = (np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]).astype(np.int32)
+        contexts = starts + counts
+        tables = self._block_tables([item.seq for item in items], -(-int(contexts.max()) // self.block_size))
+        blocks = tables[row_of_token, positions // self.block_size].astype(np.int64)
+        slot_mapping = blocks * self.block_size + positions % self.block_size
+        lora, head_lora = self._lora(items, counts)
+        sampling = [index for index, item in enumerate(items) if item.sample]
+        all_rows = len(sampling) == int(query_start[-1])
+        slots = np.array([items[index].seq.slot for index in sampling], dtype=np.int64)
+        return InputBatch(
+            input_ids=self._input_ids(items, query_start, last_token),
+            positions=self.upload(positions),
+            attention=AttentionBatch.build(query_start, contexts, tables, slot_mapping, self.device),
+            lora=lora,
+            sampled=[items[index] for index in sampling],
+            sampled_slots=self.upload(slots) if sampling else None,
+            logit_rows=None if all_rows else self.upload(query_start[1:][sampling].astype(np.int64) - 1),
+            head_lora=head_lora,
+        )
+
+    def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        """A device tensor of a host array. On CUDA through pinned memory, which torch keeps until the copy is done."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def _input_ids(
+        self, items: list[ScheduledSequence], query_start: IntArray, last_token: torch.Tensor
+    ) -> torch.Tensor:
+        ids: list[int] = []
+        pending: list[tuple[int, int]] = []  # (token row, slot) of ids that are still on the device
+        for index, item in enumerate(items):
+            known = item.seq.token_ids
+            end = item.start + item.count
+            if item.count == 1 and end <= len(known):
+                ids.append(known[item.start])
+                continue
+            ids += known[item.start : end]
+            if end > len(known):
+                pending.append((int(query_start[index + 1]) - 1, item.seq.slot))
+                ids.append(0)
+        tensor = self.upload(np.array(ids, dtype=np.int32))
+        if pending:
+            places = np.array(pending, dtype=np.int64)
+            drawn = last_token.index_select(0, self.upload(places[:, 1].copy())).to(torch.int32)
+            tensor.index_copy_(0, self.upload(places[:, 0].copy()), drawn)
+        return tensor
+
+    def _block_tables(self, sequences: list[Sequence], width: int) -> IntArray:
+        """int32 [S, width]: the first `width` blocks of each sequence, arbitrary beyond its end."""
+        for seq in sequences:
+            row = self._rows[seq.slot]
+            if row.handle != seq.handle or row.preemptions != seq.num_preemptions:
+                row.handle, row.preemptions, row.length = seq.handle, seq.num_preemptions, 0
+            length = len(seq.block_table)
+            if length > row.length:
+                self._tables[seq.slot, row.length : length] = seq.block_table[row.length :]
+                row.length = length
+        return self._tables[[seq.slot for seq in sequences], :width]
+
+    def _lora(
+        self, items: list[ScheduledSequence], counts: IntArray
+    ) -> tuple[LoraBatches, LoraBatch | None]:
+        slots = np.array([item.seq.adapter_slot for item in items], dtype=np.int32)
+        if not (slots >= 0).any():
+            return LoraBatches(), None
+        head_slots = slots[[index for index, item in enumerate(items) if item.sample]]
+        head = self._lora_batch(self._having(head_slots, LM_HEAD))
+        token_slots = np.repeat(slots, counts)
+        if self.device.type != "cpu":
+            every = self._lora_batch(token_slots)
+            return LoraBatches(every, every, every, every), head
+        made: dict[bytes, LoraBatch | None] = {}
+        kinds: list[LoraBatch | None] = []
+        for kind in ("qkv", "o", "gate_up", "down"):
+            # A CPU gains by skipping adapters that change nothing at a site; most kinds share one batch.
+            wanted = self._having(token_slots, kind)
+            key = wanted.tobytes()
+            if key not in made:
+                made[key] = self._lora_batch(wanted)
+            kinds.append(made[key])
+        return LoraBatches(*kinds), head
+
+    def _having(self, slots: IntArray, kind: str) -> IntArray:
+        """`slots` with -1 where the adapter has no weights at sites of this kind."""
+        mask = self.arena.kind_mask(kind)
+        return np.where((slots >= 0) & mask[slots], slots, np.int32(-1))
+
+    def _lora_batch(self, slots: IntArray) -> LoraBatch | None:
+        return LoraBatch.build(slots, self.arena.slot_pages, self.arena.slot_ranks, self.device)

@@ -1,0 +1,227 @@
+"""TorchModelRunner: the ModelRunner of the engine, on CPU and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lorax_backend.adapters.arena import LoraArena
+from lorax_backend.config import ServerConfig
+from lorax_backend.model.batch import BatchBuilder, InputBatch
+from lorax_backend.model.config import ModelConfig
+from lorax_backend.model.decoder import Decoder
+from lorax_backend.model.kv_cache import KvCache, block_bytes
+from lorax_backend.model.limits import (
+    CudaMemory,
+    fit_limits,
+    plan_adapter_pages,
+    plan_cpu_blocks,
+    plan_cuda_blocks,
+    resolve_limits,
+)
+from lorax_backend.model.lora import page_layout
+from lorax_backend.model.sampler import Drawn, sample
+from lorax_backend.model.sampling_plan import SamplingPlanner
+from lorax_backend.model.step import PendingStep
+from lorax_backend.model.weights import ModelWeights, dummy_weights, load_weights
+from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
+from lorax_backend.types import EngineInfo, SamplingParams
+
+Progress = Callable[[str], None]
+
+
+class TorchModelRunner:
+    """Owns weights, adapter arena, KV cache and the per-slot state on one device.
+
+    Implements `engine.protocols.ModelRunner`. The adapter manager writes to `arena` between launches, on the same
+    thread. Attributes: model_config, layout, arena, num_blocks, dtype, device, limits.
+    """
+
+    def __init__(self, config: ServerConfig, model_path: Path, progress: Progress | None = None) -> None:
+        """Load the model and reserve all memory it will use.
+
+        Args:
+            progress: told what is being done, in words, a few times a second at most.
+
+        Raises:
+            ValueError: the model or an option cannot be used; the text says which and what to change.
+        """
+        self._config = config
+        self._model_path = Path(model_path)
+        report = progress or (lambda text: None)
+        self.device = _pick_device(config.device)
+        self.model_config = ModelConfig.from_folder(self._model_path)
+        self.dtype = _pick_dtype(config.dtype, self.model_config, self.device)
+        _check_backends(config, self.device)
+        on_cuda = self.device.type == "cuda"
+        self.limits = resolve_limits(config, self.model_config, on_cuda)
+        self.weights = self._load(report)
+        self.layout = page_layout(self.model_config)
+        total = torch.cuda.mem_get_info(self.device)[1] if on_cuda else None
+        self.arena = LoraArena(
+            self.layout,
+            plan_adapter_pages(config, self.layout, self.dtype.itemsize, total),
+            config.max_active_adapters,
+            self.dtype,
+            self.device,
+            config.max_lora_rank,
+        )
+        self._decoder = Decoder(
+            self.model_config, self.weights, self.layout, self.arena.pages, self.limits.max_total_tokens
+        )
+        self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
+        self._planner = SamplingPlanner(self.model_config.vocab_size, self.limits.max_num_seqs, self.device)
+        report("reserving the KV cache")
+        self._cache = self._make_cache()
+        self.limits = fit_limits(self.limits, config, self._cache.num_blocks)
+        self._builder = self._make_builder(self.limits.max_total_tokens)
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks the cache holds."""
+        return self._cache.num_blocks
+
+    @torch.inference_mode()
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
+        """Start one step; see `engine.protocols.ModelRunner.launch`."""
+        return self._step(self._builder.build(batch, self._last_token), self._cache)
+
+    def info(self, load_seconds: float) -> EngineInfo:
+        """Facts about this runner; `load_seconds` is what the caller measured."""
+        config, limits = self._config, self.limits
+        on_cuda = self.device.type == "cuda"
+        return EngineInfo(
+            model_id=config.model_id,
+            model_type=self.model_config.model_type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=f"{self.device} ({torch.cuda.get_device_name(self.device)})" if on_cuda else "cpu",
+            attention_backend="triton" if on_cuda else "torch",
+            lora_backend="triton" if on_cuda else "torch",
+            num_blocks=self.num_blocks,
+            block_size=config.block_size,
+            adapter_pages=self.arena.num_pages,
+            adapter_page_rank=8,
+            max_lora_rank=config.max_lora_rank,
+            max_input_length=limits.max_input_length,
+            max_total_tokens=limits.max_total_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_batch_tokens=limits.max_batch_tokens,
+            load_seconds=load_seconds,
+            weight_bytes=self.weights.nbytes,
+            kv_cache_bytes=self._cache.nbytes,
+            adapter_arena_bytes=self.arena.nbytes,
+        )
+
+    def close(self) -> None:
+        """Free the device memory; the runner cannot be used afterwards."""
+        for name in ("weights", "arena", "_decoder", "_cache", "_builder", "_planner", "_last_token"):
+            self.__dict__.pop(name, None)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def _load(self, report: Progress) -> ModelWeights:
+        config = self._config
+        if config.load_format == "dummy":
+            report("making random weights")
+            weights = dummy_weights(self.model_config, self.dtype, self.device, config.seed)
+        else:
+            weights = load_weights(self._model_path, self.model_config, self.dtype, self.device, report)
+        weights.pack()
+        return weights
+
+    def _step(self, inputs: InputBatch, cache: KvCache) -> PendingStep:
+        hidden = self._decoder.forward(
+            inputs.input_ids, inputs.positions, inputs.attention, inputs.lora, cache
+        )
+        if inputs.sampled_slots is None:
+            return PendingStep.empty()
+        if inputs.logit_rows is not None:
+            hidden = hidden.index_select(0, inputs.logit_rows)
+        logits = self._decoder.logits(hidden, inputs.head_lora)
+        drawn = self._draw(logits, inputs)
+        self._last_token.index_copy_(0, inputs.sampled_slots, drawn.ids)
+        return PendingStep.of(drawn, [item.seq.sampling.top_logprobs for item in inputs.sampled])
+
+    def _draw(self, logits: torch.Tensor, inputs: InputBatch) -> Drawn:
+        plan = self._planner.plan(inputs.sampled, self._last_token, self._builder.upload)
+        drawn = sample(logits, plan)
+        self._planner.count_drawn(plan, drawn.ids)
+        return drawn
+
+    def _make_builder(self, max_tokens: int) -> BatchBuilder:
+        blocks = -(-max_tokens // self._config.block_size) + 1
+        return BatchBuilder(self._config.block_size, self.limits.max_num_seqs, blocks, self.device, self.arena)
+
+    def _make_cache(self) -> KvCache:
+        config = self._config
+        size = block_bytes(self.model_config, config.block_size, self.dtype)
+        if config.block_size < 1:
+            raise ValueError(f"block_size is {config.block_size}; it must be at least 1")
+        if self.device.type == "cuda":
+            num_blocks = plan_cuda_blocks(config, self._measure_memory(), size)
+        else:
+            num_blocks = plan_cpu_blocks(config, size)
+        return KvCache(self.model_config, num_blocks, config.block_size, self.dtype, self.device)
+
+    def _measure_memory(self) -> CudaMemory:
+        """Run the largest step there is, on a cache of its own, and see what it takes."""
+        batch = _largest_batch(self.limits, self._config.block_size)
+        blocks = 1 + max(max(item.seq.block_table) for item in batch.sequences)
+        cache = KvCache(self.model_config, blocks, self._config.block_size, self.dtype, self.device)
+        self._builder = self._make_builder(self.limits.max_total_tokens)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        with torch.inference_mode():
+            self._step(self._builder.build(batch, self._last_token), cache).result()
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del cache
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return CudaMemory(free, total, peak, self._planner.table_bytes)
+
+
+def _largest_batch(limits: object, block_size: int) -> ScheduledBatch:
+    """A step of `max_batch_tokens` prompt tokens in as many sequences as may run, all of which sample at random."""
+    from lorax_backend.model.limits import Limits
+
+    assert isinstance(limits, Limits)
+    count = min(limits.max_num_seqs, limits.max_batch_tokens)
+    params = SamplingParams(max_new_tokens=1, do_sample=True, top_p=0.9, top_logprobs=5)
+    items: list[ScheduledSequence] = []
+    blocks = 0
+    for slot in range(count):
+        length = min(limits.max_batch_tokens // count, limits.max_input_length)
+        seq = Sequence(slot, length, params, None, 0, 0.0, token_ids=[0] * length, slot=slot)
+        needed = -(-length // block_size)
+        seq.block_table = list(range(blocks, blocks + needed))
+        blocks += needed
+        items.append(ScheduledSequence(seq, 0, length, sample=True))
+    return ScheduledBatch(items, sum(item.count for item in items))
+
+
+def _pick_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("device is cuda, but torch finds no usable GPU; set device to cpu or auto")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _pick_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = model.torch_dtype if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _check_backends(config: ServerConfig, device: torch.device) -> None:
+    native = "triton" if device.type == "cuda" else "torch"
+    for option, value in (("attention", config.attention), ("lora_kernels", config.lora_kernels)):
+        if value not in ("auto", native):
+            raise ValueError(f"{option} is {value}, which cannot be had on {device.type}; use auto or {native}")

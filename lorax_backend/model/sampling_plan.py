@@ -1,0 +1,178 @@
+"""From the sampling parameters of a step's sequences to the tensors `sampler.sample` takes.
+
+The random numbers come from a counter, not from a generator with state: the number of a sequence's i-th token is a
+hash of its seed and i, the same in any batch and after any preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lorax_backend.model.sampler import PenaltyInputs, RandomInputs, SamplingInputs, count_occurrences
+from lorax_backend.scheduler.sequence import ScheduledSequence
+from lorax_backend.types import SamplingParams
+
+Upload = Callable[[npt.NDArray[np.generic]], torch.Tensor]
+_MASK = (1 << 64) - 1
+
+
+def uniform_number(seed: int, index: int) -> float:
+    """The random number in [0, 1) of the `index`-th token of a sequence with this seed; a multiple of 2**-24, so that
+    it is below 1 in float32 too. SplitMix64 (Steele et al. 2014), keyed by the hashed seed."""
+    return (_splitmix64(_splitmix64(seed & _MASK) ^ (index & _MASK)) >> 40) * 2.0**-24
+
+
+def _splitmix64(state: int) -> int:
+    z = (state + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def is_random(params: SamplingParams) -> bool:
+    """False if the answer is the argmax whatever the random number is."""
+    return params.do_sample and params.temperature > 0.0 and params.top_k != 1
+
+
+def has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+    )
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Row numbers by what they need; collected in one pass over the sequences."""
+
+    penalty: list[int] = field(default_factory=list)
+    random: list[int] = field(default_factory=list)
+    logprob: list[int] = field(default_factory=list)
+    forbidden: list[tuple[int, int]] = field(default_factory=list)
+
+
+class SamplingPlanner:
+    """Owns the table of token occurrences of sequences with penalties, one row a runner slot.
+
+    The table exists only once a request has asked for a penalty. A row is rebuilt from the sequence's ids when it
+    belongs to another sequence or missed a token, and otherwise updated on the device with each drawn token.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._max_num_seqs = max_num_seqs
+        self._device = device
+        self._table: torch.Tensor | None = None
+        self._counted: dict[int, tuple[int, int]] = {}  # slot -> (handle, tokens counted)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the table once it exists."""
+        return self._max_num_seqs * self._vocab_size * 4
+
+    def plan(
+        self, sampled: Sequence[ScheduledSequence], last_token: torch.Tensor, upload: Upload
+    ) -> SamplingInputs:
+        """Build the inputs for `sampled`, the sequences of the logits' rows in order.
+
+        Args:
+            last_token: int64 [slots] on the device, the token drawn last for each slot.
+            upload: makes a device tensor of a numpy array.
+        """
+        rows = self._classify(sampled)
+        inputs = SamplingInputs()
+        if rows.penalty:
+            inputs.penalties = self._penalties(sampled, rows.penalty, last_token, upload)
+        if rows.forbidden:
+            pairs = np.array(rows.forbidden, dtype=np.int64).T
+            inputs.forbidden = (upload(pairs[0].copy()), upload(pairs[1].copy()))
+        if rows.random:
+            inputs.random = self._random(sampled, rows.random, upload)
+        if rows.logprob:
+            inputs.logprob_rows = upload(np.array(rows.logprob, dtype=np.int64))
+            inputs.num_top_logprobs = max(sampled[row].seq.sampling.top_logprobs or 0 for row in rows.logprob)
+        return inputs
+
+    def count_drawn(self, inputs: SamplingInputs, ids: torch.Tensor) -> None:
+        """Add the drawn `ids` [rows] to the occurrences of the rows with penalties."""
+        if inputs.penalties is None or self._table is None:
+            return
+        flat = inputs.penalties.slots * self._vocab_size + ids.index_select(0, inputs.penalties.rows)
+        self._table.view(-1).scatter_add_(0, flat, torch.full_like(flat, 2, dtype=self._table.dtype))
+
+    def _classify(self, sampled: Sequence[ScheduledSequence]) -> _Rows:
+        rows = _Rows()
+        for row, item in enumerate(sampled):
+            params = item.seq.sampling
+            if has_penalty(params):
+                rows.penalty.append(row)
+            if is_random(params):
+                rows.random.append(row)
+            if params.top_logprobs is not None:
+                rows.logprob.append(row)
+            if item.generated_index < params.min_new_tokens:
+                rows.forbidden += [(row, stop) for stop in params.stop_token_ids if 0 <= stop < self._vocab_size]
+        return rows
+
+    def _penalties(
+        self, sampled: Sequence[ScheduledSequence], rows: list[int], last_token: torch.Tensor, upload: Upload
+    ) -> PenaltyInputs:
+        if self._table is None:
+            shape = (self._max_num_seqs, self._vocab_size)
+            self._table = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        for row in rows:
+            item = sampled[row]
+            known = item.seq.prompt_len + item.generated_index
+            if self._counted.get(item.seq.slot) != (item.seq.handle, known):
+                self._recount(item, known, last_token, upload)
+            self._counted[item.seq.slot] = (item.seq.handle, known + 1)
+        slots = upload(np.array([sampled[row].seq.slot for row in rows], dtype=np.int64))
+        parameters = [sampled[row].seq.sampling for row in rows]
+        columns = upload(
+            np.array(
+                [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in parameters],
+                dtype=np.float32,
+            )
+        )
+        return PenaltyInputs(
+            rows=upload(np.array(rows, dtype=np.int64)),
+            slots=slots,
+            occurrences=self._table.index_select(0, slots),
+            repetition=columns[:, 0:1],
+            frequency=columns[:, 1:2],
+            presence=columns[:, 2:3],
+        )
+
+    def _recount(self, item: ScheduledSequence, known: int, last_token: torch.Tensor, upload: Upload) -> None:
+        seq = item.seq
+        assert self._table is not None
+        ids = np.array(seq.token_ids, dtype=np.int64)
+        generated = upload(ids[seq.prompt_len :].copy())
+        if known > len(ids):  # the newest token is still on the device only
+            generated = torch.cat((generated, last_token[seq.slot : seq.slot + 1]))
+        count_occurrences(self._table, seq.slot, upload(ids[: seq.prompt_len].copy()), generated)
+
+    def _random(self, sampled: Sequence[ScheduledSequence], rows: list[int], upload: Upload) -> RandomInputs:
+        parameters = [sampled[row].seq.sampling for row in rows]
+        indices = [sampled[row].generated_index for row in rows]
+        uniforms = [uniform_number(p.seed, index) for p, index in zip(parameters, indices, strict=True)]
+        columns = upload(
+            np.array([(p.temperature, u) for p, u in zip(parameters, uniforms, strict=True)], dtype=np.float32)
+        )
+        inputs = RandomInputs(
+            rows=upload(np.array(rows, dtype=np.int64)), temperature=columns[:, 0:1], uniform=columns[:, 1:2]
+        )
+        vocab = self._vocab_size
+        cut = [i for i, p in enumerate(parameters) if 0 < p.top_k < vocab or p.top_p < 1.0]
+        if cut:
+            top_k = [parameters[i].top_k if 0 < parameters[i].top_k < vocab else vocab for i in cut]
+            top_p = [parameters[i].top_p if parameters[i].top_p < 1.0 else float("inf") for i in cut]
+            inputs.truncated = upload(np.array(cut, dtype=np.int64))
+            inputs.top_k = upload(np.array(top_k, dtype=np.int64)[:, None])
+            inputs.top_p = upload(np.array(top_p, dtype=np.float32)[:, None])
+            inputs.max_top_k = max(top_k) if max(top_k) < vocab else None
+        return inputs
