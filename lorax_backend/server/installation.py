@@ -80,7 +80,7 @@ def _link_python_backend(wheel: Path, folder: Path) -> Path:
 
 
 def _stub(wheel: Path) -> Path:
-    return wheel / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / _STUB
+    return wheel / "python_backend_stubs" / sysconfig.get_python_version() / _STUB
 
 
 def _packaged() -> Installation | None:
@@ -95,10 +95,9 @@ def _packaged() -> Installation | None:
 def _check_packaged(wheel: Path) -> None:
     if not _stub(wheel).is_file():
         versions = sorted(path.name for path in (wheel / "python_backend_stubs").iterdir())
-        running = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise ServerNotFoundError(
-            f"the packaged tritonserver has no stub for Python {running}; use one of {', '.join(versions)}, "
-            "or a tritonserver on PATH"
+            f"the packaged tritonserver has no stub for Python {sysconfig.get_python_version()}; "
+            f"use one of {', '.join(versions)}, or a tritonserver on PATH"
         )
     if int(importlib.metadata.version("numpy").split(".")[0]) >= 2:
         raise ServerNotFoundError(

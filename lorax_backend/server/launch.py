@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lorax_backend.server import processes
-from lorax_backend.server.failure import failure_reason
+from lorax_backend.server.failure import failure_reason, load_failures
 from lorax_backend.server.installation import Installation, ServerNotFoundError, find_tritonserver
 from lorax_backend.server.repository import ENGINE_MODEL
 
@@ -183,28 +183,22 @@ class TritonServer:
         Raises:
             ServerFailedError: the server ended, a model could not be loaded, or time ran out; says why.
         """
-        process = self._running()
         deadline = time.monotonic() + timeout
         wanted = self.options.models or (ENGINE_MODEL,)
-        while not all(
-            self._http_ok(path) for path in ("/v2/health/ready", *map("/v2/models/{}/ready".format, wanted))
-        ):
-            if process.poll() is not None:
+        while not self._all_ready(wanted):
+            ended = self._running().poll() is not None
+            if ended:
                 self._join_reader()
-                raise ServerFailedError(failure_reason(list(self._lines)))
-            if self._http_ok("/v2/health/live"):
-                # The HTTP service starts after the models were tried: not ready now is not ready ever.
-                self._settle_or_fail(wanted, deadline)
+            lines = list(self._lines)
+            if ended or load_failures(lines).keys() & set(wanted):
+                raise ServerFailedError(failure_reason(lines))
             if time.monotonic() > deadline:
                 raise ServerFailedError(f"not ready after {timeout:.0f} s; last output:\n{self.log_tail(5)}")
             self._pause()
         self._note_shared_memory()
 
-    def _settle_or_fail(self, wanted: tuple[str, ...], deadline: float) -> None:
-        lines = list(self._lines)
-        failed = any(f"failed to load '{model}'" in line for model in wanted for line in lines)
-        if failed or time.monotonic() > deadline:
-            raise ServerFailedError(failure_reason(lines))
+    def _all_ready(self, models: tuple[str, ...]) -> bool:
+        return self._http_ok("/v2/health/ready") and all(self.is_ready(model) for model in models)
 
     def _pause(self) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,0 +1,186 @@
+"""The `lorax` model as Triton's Python backend sees it: decodes requests and hands them on, nothing else.
+
+Heavy imports are inside `initialize`: with auto-complete on, Triton imports this module in a second process only to
+ask for the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import triton_python_backend_utils as pb_utils
+
+from lorax_backend.config import ServerConfig, load_config
+from lorax_backend.errors import LoraxError, ShuttingDownError, ValidationError
+from lorax_backend.server.repository import config_type
+from lorax_backend.tensors import INPUTS, OUTPUTS, TensorSpec
+from lorax_backend.triton_io import TritonChannel, decode_request
+
+if TYPE_CHECKING:
+    from lorax_backend.serving.service import GenerationService
+    from lorax_backend.triton_metrics import MetricsMirror
+
+_log = logging.getLogger("lorax_backend")
+_STOP_S = 5.0
+
+
+def read_config(args: dict[str, str]) -> ServerConfig:
+    """The options from the model configuration's `parameters` and the environment.
+
+    Raises:
+        ValueError: naming every option that is unknown or cannot be read.
+    """
+    parameters = json.loads(args["model_config"]).get("parameters", {})
+    return load_config({key: value["string_value"] for key, value in parameters.items()})
+
+
+def set_up_logging(config: ServerConfig) -> None:
+    """Log to the server's stderr. Triton's own logger would cost a round trip to the server per line."""
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        stream=sys.stderr,
+        format="%(levelname)s %(asctime)s %(name)s: %(message)s",
+        force=True,
+    )
+
+
+def report_progress(message: str) -> None:
+    """Write a line that the command line recognizes as progress of loading."""
+    sys.stderr.write(f"lorax: {message}\n")
+    sys.stderr.flush()
+
+
+def model_exception(error: Exception) -> Any:
+    """What `initialize` raises: one readable reason, which Triton repeats in its log and to whoever asks."""
+    reason = str(error) or type(error).__name__
+    if not isinstance(error, LoraxError | ValueError | RuntimeError | OSError):
+        reason = f"{type(error).__name__}: {reason}"
+    return pb_utils.TritonModelException(reason)
+
+
+def complete_config(
+    model_config: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> Any:
+    """Fill in the tensors of a model configuration that was written without them."""
+    for spec in inputs:
+        model_config.add_input(_described(spec) | {"optional": True})
+    for spec in outputs:
+        model_config.add_output(_described(spec))
+    model_config.set_max_batch_size(0)
+    return model_config
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": config_type(spec.datatype), "dims": list(spec.dims)}
+
+
+class TritonPythonModel:
+    """Owns the service, which owns the engine. Triton calls `execute` from one thread."""
+
+    _service: GenerationService | None = None
+    _metrics: MetricsMirror | None = None
+    _control: ThreadPoolExecutor | None = None
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        complete_config(auto_complete_model_config, INPUTS, OUTPUTS)
+        auto_complete_model_config.set_model_transaction_policy({"decoupled": True})
+        return auto_complete_model_config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the model; may take minutes, and Triton waits."""
+        try:
+            self._start(read_config(args), args)
+        except Exception as error:
+            _log.exception("the model cannot be loaded")
+            self.finalize()
+            raise model_exception(error) from None
+
+    def _start(self, config: ServerConfig, args: dict[str, str]) -> None:
+        set_up_logging(config)
+        from lorax_backend.engine.build import create_engine
+        from lorax_backend.model_source import resolve_model
+        from lorax_backend.serving.service import GenerationService
+        from lorax_backend.serving.tokenizer import TokenizerPool
+        from lorax_backend.triton_metrics import MetricsMirror
+
+        path = resolve_model(config, report_progress)
+        report_progress("loading the tokenizer")
+        tokenizer = TokenizerPool(path)
+        engine = create_engine(config, path, report_progress)
+        self._service = GenerationService(engine, tokenizer, config)
+        self._service.start()
+        self._control = ThreadPoolExecutor(2, thread_name_prefix="control")
+        self._metrics = MetricsMirror(
+            self._service, {"model": args["model_name"], "version": args["model_version"]}
+        )
+        _log.info("ready, process %d", os.getpid())
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take in requests; their answers come from the service's sender threads."""
+        for request in requests:
+            channel = TritonChannel(request.get_response_sender())
+            try:
+                self._take(request, channel)
+            except LoraxError as error:
+                channel.send_error(error)
+            except Exception as error:
+                _log.exception("a request could not be taken in")
+                channel.send_error(LoraxError(f"the request could not be taken in: {error}"))
+
+    def _take(self, request: Any, channel: TritonChannel) -> None:
+        raw = decode_request(request)
+        if self._service is None or self._control is None:
+            raise ShuttingDownError("the server is shutting down; send the request to another one")
+        command = raw.fields.get("control")
+        if command is None:
+            self._service.submit(raw, channel)
+        else:
+            self._control.submit(self._answer_control, self._service, command, channel)
+
+    @staticmethod
+    def _answer_control(service: GenerationService, text: str, channel: TritonChannel) -> None:
+        try:
+            arguments = _control_command(text)
+            channel.send_details(service.control(arguments.pop("command"), arguments))
+        except LoraxError as error:
+            channel.send_error(error)
+        except Exception as error:
+            _log.exception("a control command failed")
+            channel.send_error(LoraxError(f"control: the command failed: {error}"))
+
+    def is_ready(self) -> bool:
+        """Asked by tritonserver 26.03 and newer for the model's readiness."""
+        return self._service is not None and self._service.ready
+
+    def finalize(self) -> None:
+        """Stop everything within seconds; requests still running get an error."""
+        service, metrics, control = self._service, self._metrics, self._control
+        self._service = self._metrics = self._control = None
+        if control is not None:
+            control.shutdown(wait=False, cancel_futures=True)
+        if metrics is not None:
+            metrics.stop(_STOP_S)
+        if service is not None:
+            service.stop()
+
+
+def _control_command(text: str) -> dict[str, Any]:
+    """Parse a control input: {"command": name, ...}.
+
+    Raises:
+        ValidationError: not that.
+    """
+    example = '{"command": "stats"}'
+    try:
+        command = json.loads(text)
+    except ValueError as error:
+        raise ValidationError(f"control: not valid JSON ({error}); send something like {example}") from None
+    if not isinstance(command, dict) or not isinstance(command.get("command"), str):
+        raise ValidationError(f"control: expected a JSON object with a command, such as {example}")
+    return command
