@@ -1,1 +1,146 @@
+"""Client for a lorax-triton server: text generation with any LoRA adapter, streamed over Triton's gRPC.
 
+    from lorax_triton import Client
+
+    with Client("localhost:8001") as client:
+        for response in client.generate_stream("Why is the sky blue?", adapter_id="some/adapter"):
+            print(response.token.text, end="")
+
+`Client` and `AsyncClient` have the calls, arguments, types and exceptions of the LoRAX client. `testing` has
+transports without a network. The environment variable LORAX_DEBUG_MODE logs what goes over the wire, without its text.
+"""
+
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+from lorax_triton._channel import Tls
+from lorax_triton._stream import AsyncTokenStream, TokenStream
+from lorax_triton._transport import (
+    AsyncResponseStream,
+    AsyncTransport,
+    InferRequest,
+    InferResponse,
+    ResponseStream,
+    Tensor,
+    Transport,
+)
+from lorax_triton.aio import AsyncClient
+from lorax_triton.client import Client
+from lorax_triton.errors import (
+    AdapterDownloadError,
+    AdapterError,
+    AdapterIncompatibleError,
+    AdapterNotFoundError,
+    AdapterTooLargeError,
+    AdapterUnauthorizedError,
+    BadRequestError,
+    EngineDeadError,
+    GenerationError,
+    IncompleteGenerationError,
+    LoraxError,
+    NotFoundError,
+    NotSupportedError,
+    OverloadedError,
+    RateLimitExceededError,
+    RequestCancelledError,
+    RequestTimeoutError,
+    ServerConnectionError,
+    ShardNotReadyError,
+    ShardTimeoutError,
+    ShuttingDownError,
+    TemplateError,
+    UnknownError,
+    UnprocessableEntityError,
+    UnsupportedError,
+    ValidationError,
+    parse_error,
+)
+from lorax_triton.types import (
+    AlternativeToken,
+    BatchRequest,
+    BestOfSequence,
+    DeployedModel,
+    Details,
+    FinishReason,
+    InputToken,
+    MergedAdapters,
+    Parameters,
+    Request,
+    Response,
+    ResponseFormat,
+    ResponseFormatType,
+    StreamDetails,
+    StreamResponse,
+    Token,
+)
+
+try:
+    __version__ = version("lorax-triton")
+except PackageNotFoundError:  # imported out of a folder that was never installed
+    __version__ = "unknown"
+
+_logger = logging.getLogger("lorax_triton")
+_logger.addHandler(logging.NullHandler())
+if os.environ.get("LORAX_DEBUG_MODE"):
+    _logger.addHandler(logging.StreamHandler())
+    _logger.setLevel(logging.DEBUG)
+
+__all__ = [
+    "AdapterDownloadError",
+    "AdapterError",
+    "AdapterIncompatibleError",
+    "AdapterNotFoundError",
+    "AdapterTooLargeError",
+    "AdapterUnauthorizedError",
+    "AlternativeToken",
+    "AsyncClient",
+    "AsyncResponseStream",
+    "AsyncTokenStream",
+    "AsyncTransport",
+    "BadRequestError",
+    "BatchRequest",
+    "BestOfSequence",
+    "Client",
+    "DeployedModel",
+    "Details",
+    "EngineDeadError",
+    "FinishReason",
+    "GenerationError",
+    "IncompleteGenerationError",
+    "InferRequest",
+    "InferResponse",
+    "InputToken",
+    "LoraxError",
+    "MergedAdapters",
+    "NotFoundError",
+    "NotSupportedError",
+    "OverloadedError",
+    "Parameters",
+    "RateLimitExceededError",
+    "Request",
+    "RequestCancelledError",
+    "RequestTimeoutError",
+    "Response",
+    "ResponseFormat",
+    "ResponseFormatType",
+    "ResponseStream",
+    "ServerConnectionError",
+    "ShardNotReadyError",
+    "ShardTimeoutError",
+    "ShuttingDownError",
+    "StreamDetails",
+    "StreamResponse",
+    "TemplateError",
+    "Tensor",
+    "Tls",
+    "Token",
+    "TokenStream",
+    "Transport",
+    "UnknownError",
+    "UnprocessableEntityError",
+    "UnsupportedError",
+    "ValidationError",
+    "__version__",
+    "parse_error",
+]
