@@ -26,7 +26,7 @@ from perf_analyzer import PerfAnalyzerError, find_perf_analyzer
 from stream_stats import Stream, Summary, markdown_table, read_streams, summarize
 
 _ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = Path(__file__).resolve().parent / "results"
+_RESULTS = Path(__file__).resolve().parent / "results" / "local"
 _EXAMPLE_ADAPTERS = _ROOT / "tests" / "data" / "adapters"
 _WORDS = ("river", "stone", "lantern", "orchard", "copper", "window", "valley", "harbour", "meadow", "engine")
 
@@ -148,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32, help="requests measured at each concurrency [32]")
     parser.add_argument("--prompt-words", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--output", type=Path, help="result file; default: perf/results/triton_load-TIME.md")
+    parser.add_argument("--output", type=Path, help="result file; default: in perf/results/local")
     return parser.parse_args()
 
 
@@ -177,6 +177,7 @@ def main() -> int:
     adapters = len(set(load.adapters) - {""})
     title = f"perf_analyzer over gRPC: {arguments.model_id}, {adapters} adapters, {load.max_tokens} tokens a request"
     output = arguments.output or _RESULTS / f"triton_load-{time.strftime('%Y%m%d-%H%M%S')}.md"
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(report(title, facts, runs))
     print(f"written: {output}")
     return 0
