@@ -70,7 +70,8 @@ def _measure(name: str) -> bool:
     _LOCAL.mkdir(parents=True, exist_ok=True)
     path = _LOCAL / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
     path.write_text(
-        f"# {name}\n\n{as_markdown(facts)}\n- command: python perf/{name}.py\n- exit status: {status}\n\n{''.join(lines)}"
+        f"# {name}\n\n{as_markdown(facts)}\n- command: python perf/{name}.py\n- exit status: {status}\n\n"
+        + "".join(lines)
     )
     print(f"    kept in {path}", flush=True)
     return status == 0

@@ -4,7 +4,7 @@
     python perf/triton_load.py --url HOST:8001 --adapters org/a,org/b --adapter-source hub
 
 For each concurrency it prints perf_analyzer's own table and ours (time to first token, time between tokens, tokens a
-second), and writes both, with hardware, versions and commands, below perf/results.
+second); --output keeps both in a file, with hardware, versions and commands.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from perf_analyzer import PerfAnalyzerError, find_perf_analyzer
 from stream_stats import Stream, Summary, markdown_table, read_streams, summarize
 
 _ROOT = Path(__file__).resolve().parent.parent
-_RESULTS = Path(__file__).resolve().parent / "results" / "local"
 _EXAMPLE_ADAPTERS = _ROOT / "tests" / "data" / "adapters"
 _WORDS = ("river", "stone", "lantern", "orchard", "copper", "window", "valley", "harbour", "meadow", "engine")
 
@@ -148,7 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32, help="requests measured at each concurrency [32]")
     parser.add_argument("--prompt-words", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--output", type=Path, help="result file; default: in perf/results/local")
+    parser.add_argument("--output", type=Path, help="file for the result, such as perf/results/NAME.md")
     return parser.parse_args()
 
 
@@ -174,12 +172,10 @@ def main() -> int:
     except PerfAnalyzerError as error:
         print(f"triton_load: {error}", file=sys.stderr)
         return 1
-    adapters = len(set(load.adapters) - {""})
-    title = f"perf_analyzer over gRPC: {arguments.model_id}, {adapters} adapters, {load.max_tokens} tokens a request"
-    output = arguments.output or _RESULTS / f"triton_load-{time.strftime('%Y%m%d-%H%M%S')}.md"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report(title, facts, runs))
-    print(f"written: {output}")
+    if arguments.output:
+        adapters = len(set(load.adapters) - {""})
+        title = f"perf_analyzer over gRPC: {arguments.model_id}, {adapters} adapters, {load.max_tokens} tokens a request"
+        arguments.output.write_text(report(title, facts, runs))
     return 0
 
 
