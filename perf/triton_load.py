@@ -174,7 +174,7 @@ def main() -> int:
         return 1
     if arguments.output:
         adapters = len(set(load.adapters) - {""})
-        title = f"perf_analyzer over gRPC: {arguments.model_id}, {adapters} adapters, {load.max_tokens} tokens a request"
+        title = f"perf_analyzer over gRPC: {arguments.model_id}, {adapters} adapters, {load.max_tokens} tokens each"
         arguments.output.write_text(report(title, facts, runs))
     return 0
 
