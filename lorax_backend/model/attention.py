@@ -9,11 +9,8 @@ from lorax_kernels.metadata import AttentionBatch
 
 
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor],
     batch: AttentionBatch,
     scale: float,
     sliding_window: int | None,
@@ -21,13 +18,14 @@ def attend(
     """Store the step's keys and values, then attend causally to everything cached.
 
     Args:
-        q: [T, heads, head_dim]; k and v: [T, kv_heads, head_dim].
-        key_cache: [num_blocks, block_size, kv_heads, head_dim]; value_cache likewise.
+        qkv: queries [T, heads, head_dim], keys and values [T, kv_heads, head_dim].
+        cache: keys and values of the layer, each [num_blocks, block_size, kv_heads, head_dim].
         sliding_window: tokens each token sees, itself included; None for all.
 
     Returns:
         [T, heads * head_dim].
     """
+    (q, k, v), (key_cache, value_cache) = qkv, cache
     write_kv(k, v, key_cache, value_cache, batch.slot_mapping)
     out = paged_attention(q, key_cache, value_cache, batch, scale, sliding_window)
     return out.reshape(out.shape[0], -1)

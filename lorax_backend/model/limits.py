@@ -37,7 +37,7 @@ def resolve_limits(config: ServerConfig, model: ModelConfig, on_cuda: bool) -> L
         raise ValueError(f"max_total_tokens is {total}; this model takes 2 to {longest} (max_position_embeddings)")
     longest_input = config.max_input_length or total - 1
     if not 1 <= longest_input < total:
-        raise ValueError(f"max_input_length is {longest_input}; it must be at least 1 and below max_total_tokens {total}")
+        raise ValueError(f"max_input_length is {longest_input}; it must be 1 to {total - 1} (max_total_tokens - 1)")
     batch_tokens = config.max_batch_tokens or (8192 if on_cuda else 512)
     num_seqs = config.max_batch_size or (256 if on_cuda else 64)
     if batch_tokens < 1 or num_seqs < 1:

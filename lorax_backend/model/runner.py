@@ -15,6 +15,7 @@ from lorax_backend.model.decoder import Decoder
 from lorax_backend.model.kv_cache import KvCache, block_bytes
 from lorax_backend.model.limits import (
     CudaMemory,
+    Limits,
     fit_limits,
     plan_adapter_pages,
     plan_cpu_blocks,
@@ -184,11 +185,8 @@ class TorchModelRunner:
         return CudaMemory(free, total, peak, self._planner.table_bytes)
 
 
-def _largest_batch(limits: object, block_size: int) -> ScheduledBatch:
+def _largest_batch(limits: Limits, block_size: int) -> ScheduledBatch:
     """A step of `max_batch_tokens` prompt tokens in as many sequences as may run, all of which sample at random."""
-    from lorax_backend.model.limits import Limits
-
-    assert isinstance(limits, Limits)
     count = min(limits.max_num_seqs, limits.max_batch_tokens)
     params = SamplingParams(max_new_tokens=1, do_sample=True, top_p=0.9, top_logprobs=5)
     items: list[ScheduledSequence] = []

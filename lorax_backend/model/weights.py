@@ -184,9 +184,9 @@ def _ignorable(name: str, config: ModelConfig) -> bool:
 
 
 def _report(progress: Progress | None, label: str, counted: tuple[int, int, int]) -> int:
-    """Tell `progress` when another twentieth of the bytes is in; `counted` is before, after, total."""
+    """Tell `progress` when another tenth of the bytes is in; `counted` is before, after, total."""
     before, after, total = counted
-    if progress is not None and after * 20 // total != before * 20 // total:
+    if progress is not None and after * 10 // total != before * 10 // total:
         progress(f"loading weights: {after * 100 // total}% ({label})")
     return after
 
