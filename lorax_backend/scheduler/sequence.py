@@ -22,7 +22,9 @@ class Sequence:
     values are in the cache (or will be, once the steps already launched have run). `slot` is the sequence's row in
     the runner's per-sequence state while it runs, -1 otherwise. `adapter_slot` is the index the adapter provider
     gave, -1 for the base model. `cache_key` seeds the prefix hashes: two adapters, or two revisions of one, never
-    share blocks. `num_in_flight` counts launched steps whose token is not known yet.
+    share blocks. `num_in_flight` counts launched steps whose token is not known yet. `block_hashes` holds the prefix
+    hashes of the leading full blocks, as far as known, and `num_registered` how many of them the block manager has
+    been offered for sharing.
     """
 
     handle: int
@@ -42,6 +44,8 @@ class Sequence:
     adapter_slot: int = -1
     cache_key: str = ""
     first_scheduled: float | None = None
+    block_hashes: list[bytes] = field(default_factory=list, repr=False)
+    num_registered: int = 0
 
     @classmethod
     def from_request(cls, request: EngineRequest, arrival: float) -> Sequence:

@@ -1,0 +1,134 @@
+"""The engine's side of `ProcessEngine`: what the spawned process runs. See `engine.process` for the messages."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from lorax_backend.engine.client import Builder, readable
+from lorax_backend.engine.loop import EngineLoop
+from lorax_backend.errors import LoraxError
+from lorax_backend.types import EngineStats, TokenOutput
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+class PipeSink:
+    """Sends what comes out of the loop to the parent, one message each."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, *payload: Any) -> None:
+        with self._lock:
+            self._connection.send((kind, *payload))
+
+    def progress(self, text: str) -> None:
+        self.send("progress", text)
+
+    def on_outputs(self, outputs: list[TokenOutput]) -> None:
+        self.send("outputs", outputs)
+
+    def on_stats(self, stats: EngineStats) -> None:
+        self.send("stats", stats)
+
+    def on_reply(self, ticket: int, reply: dict[str, Any] | LoraxError) -> None:
+        if isinstance(reply, LoraxError):
+            self.send("refused", ticket, reply.to_dict())
+        else:
+            self.send("reply", ticket, reply)
+
+
+def main(requests_fd: int, outputs_fd: int, parent_pid: int) -> None:
+    """Serve one engine over two pipes until the parent says stop or goes away. Does not return."""
+    _die_with(parent_pid)
+    for descriptor in (requests_fd, outputs_fd):  # or a child of this process would hold the pipes open
+        os.set_inheritable(descriptor, False)
+    sink = PipeSink(Connection(outputs_fd, readable=False))
+    code = 1
+    try:
+        code = _serve(Connection(requests_fd, writable=False), sink)
+    except BrokenPipeError:
+        _log.warning("the parent closed its end; the engine stops")
+    # Not sys.exit: a library's thread must not keep alive a process whose work is done.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _serve(requests: Connection, sink: PipeSink) -> int:
+    build: Builder
+    try:
+        log_level, build = requests.recv()
+        _start_logging(log_level)
+        built = build(sink.progress)
+    except BaseException as error:
+        _log.debug("the model cannot be loaded", exc_info=True)
+        sink.send("failed", readable(error))
+        return 1
+    try:
+        loop = EngineLoop(built.core, sink)
+        threading.Thread(target=_read_requests, args=(requests, loop), name="requests", daemon=True).start()
+        gc.collect()
+        gc.freeze()  # what has been loaded stays: no collection needs to look at it again
+        sink.send("ready", built.info)
+        loop.run()
+    except BrokenPipeError:
+        raise
+    except BaseException as error:
+        _log.exception("the engine died")
+        sink.send("dead", readable(error))
+        return 1
+    built.core.close()
+    return 0
+
+
+def _read_requests(requests: Connection, loop: EngineLoop) -> None:
+    handlers: dict[str, Callable[..., None]] = {
+        "submit": loop.submit,
+        "cancel": loop.cancel,
+        "control": loop.control,
+    }
+    while True:
+        try:
+            kind, *payload = requests.recv()
+        except (EOFError, OSError):
+            break
+        if kind == "stop":
+            break
+        handlers[kind](*payload)
+    loop.stop()
+
+
+def _die_with(parent_pid: int) -> None:
+    """Never outlive the parent, and leave signals that reach the whole process group to it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_NAME, b"lorax-engine", 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the request above was made
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+
+
+def _start_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s engine %(name)s: %(message)s",
+    )

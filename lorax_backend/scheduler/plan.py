@@ -1,0 +1,41 @@
+"""A step while it is being put together."""
+
+from __future__ import annotations
+
+from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
+
+
+class StepPlan:
+    """Which sequences compute what, and how many tokens may still be added (`budget`).
+
+    `prefill_first` says that newcomers are given tokens before running sequences. `preempted` notes that blocks ran
+    out, so that no newcomer is admitted in the same step.
+    """
+
+    def __init__(self, budget: int, prefill_first: bool = False) -> None:
+        self.budget = budget
+        self.prefill_first = prefill_first
+        self.preempted = False
+        self._total = budget
+        self._decodes: list[ScheduledSequence] = []
+        self._prefills: list[ScheduledSequence] = []
+        self._handles: set[int] = set()
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq.handle in self._handles
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def add(self, seq: Sequence) -> None:
+        """Compute as many of the sequence's missing tokens as the budget allows, at least one."""
+        start, end = seq.num_computed, seq.num_tokens
+        count = min(end - start, self.budget)
+        sample = start + count == end
+        item = ScheduledSequence(seq, start, count, sample, end - seq.prompt_len if sample else 0)
+        (self._decodes if sample and count == 1 else self._prefills).append(item)
+        self._handles.add(seq.handle)
+        self.budget -= count
+
+    def batch(self, finished_slots: list[int]) -> ScheduledBatch:
+        return ScheduledBatch(self._decodes + self._prefills, self._total - self.budget, finished_slots)

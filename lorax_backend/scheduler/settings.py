@@ -1,0 +1,81 @@
+"""The budgets and rules a Scheduler keeps to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from lorax_backend.errors import ValidationError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Budgets of one engine; all counts are at least 1.
+
+    `max_batch_tokens` bounds the tokens of one step, `max_num_seqs` the sequences that run at once. With
+    `chunked_prefill` off a prompt is computed whole in one step, so the step budget is at least `max_input_length`.
+
+    `skip_bound_s` is how long (seconds) later sequences may be admitted past one that finds no room. A level of
+    `priority` counts as `priority_weight_s` seconds of waiting: higher priorities go first, yet none waits for ever.
+
+    Raises:
+        ValueError: a count is below 1.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    max_input_length: int
+    max_total_tokens: int
+    chunked_prefill: bool = True
+    prefix_caching: bool = True
+    skip_bound_s: float = 5.0
+    priority_weight_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            if option.type == "int" and getattr(self, option.name) < 1:
+                raise ValueError(f"{option.name} must be at least 1, not {getattr(self, option.name)}")
+
+    @property
+    def step_budget(self) -> int:
+        """Tokens that one step may compute."""
+        return (
+            self.max_batch_tokens
+            if self.chunked_prefill
+            else max(self.max_batch_tokens, self.max_input_length)
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that run at once: never more than a step has tokens, so that every one can decode in each."""
+        return min(self.max_num_seqs, self.step_budget)
+
+    def check_fits(self, prompt_len: int, max_new_tokens: int) -> None:
+        """Refuse a request that could not run even alone.
+
+        Raises:
+            ValidationError: naming the limit and what to change.
+        """
+        if prompt_len < 1:
+            raise ValidationError("prompt: it has no tokens; send at least one")
+        if max_new_tokens < 1:
+            raise ValidationError(
+                f"max_new_tokens: {max_new_tokens} is less than 1; ask for at least one token"
+            )
+        if prompt_len > self.max_input_length:
+            raise ValidationError(
+                f"prompt: {prompt_len} tokens exceed max_input_length={self.max_input_length}; shorten the prompt"
+            )
+        total = prompt_len + max_new_tokens
+        asked = f"max_new_tokens: a prompt of {prompt_len} tokens and max_new_tokens={max_new_tokens}"
+        if total > self.max_total_tokens:
+            raise ValidationError(
+                f"{asked} exceed max_total_tokens={self.max_total_tokens}; shorten the prompt or lower max_new_tokens"
+            )
+        needed = -(-(total - 1) // self.block_size)  # nothing reads the keys and values of the last token
+        if needed > self.num_blocks:
+            raise ValidationError(
+                f"{asked} need {needed} KV blocks of {self.block_size} tokens, but this server has {self.num_blocks}; "
+                "shorten the prompt, lower max_new_tokens, or give the server more KV memory"
+            )
