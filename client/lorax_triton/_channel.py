@@ -24,26 +24,17 @@ READY_METHOD = "/inference.GRPCInferenceService/ModelReady"
 # Wait for the stream's own end, after the last response, before it is cancelled instead.
 END_TIMEOUT_S = 1.0
 _FIRST_PAUSE_S = 0.1
-_CONNECTION_WORDS = (
-    "connect",
-    "socket",
-    "goaway",
-    "resolution",
-    "endpoint",
-    "broken pipe",
-    "stream removed",
-    "transport",
-    "recvmsg",
-    "sendmsg",
-    "backends",
-    "handshake",
-    "ssl",
-    "tls",
-    "route to host",
-    "network",
-    "ping",
-    "reset",
-    "tcp",
+# What Triton itself says with the status UNAVAILABLE; everything else with it comes from gRPC and the network.
+_TRITON_UNAVAILABLE = (
+    "available versions",
+    "server is stopping",
+    "server exiting",
+    "stub process",
+    "protocol is restricted",
+    "maximum queue size",
+    "timeout expired",
+    "ready state",
+    "not ready",
 )
 # Long errors travel in trailers, which gRPC would cut off at 8 KiB.
 _MAX_TRAILER_BYTES = 1 << 20
@@ -161,14 +152,11 @@ def bearer_token(headers: Mapping[str, str] | None) -> str | None:
 def connection_lost(code: str, details: str) -> bool:
     """True if a call ended because of the connection, not by an answer of the server's.
 
-    Both end with UNAVAILABLE, and gRPC tells them apart only by its own words.
+    Both end with UNAVAILABLE; only the words tell them apart.
     """
-    text = details.lower()
-    return (
-        code == "UNAVAILABLE"
-        and find_error_payload(details) is None
-        and any(w in text for w in _CONNECTION_WORDS)
-    )
+    if code != "UNAVAILABLE" or find_error_payload(details) is not None:
+        return False
+    return not any(words in details.lower() for words in _TRITON_UNAVAILABLE)
 
 
 def error_of_call(code: str, details: str, config: ChannelConfig, request_id: str) -> LoraxError:

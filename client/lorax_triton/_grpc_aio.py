@@ -28,6 +28,14 @@ from lorax_triton.errors import RequestTimeoutError
 logger = logging.getLogger("lorax_triton")
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs in this thread, or None."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 class _AsyncChannel:
     """A gRPC channel and the number of streams that use it."""
 
@@ -187,11 +195,7 @@ class AsyncGrpcStream:
     def cancel(self) -> None:
         """See `ResponseStream.cancel`. May be called from any thread."""
         self._cancelled = True
-        try:
-            here: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            here = None
-        if self._loop is None or self._loop is here:
+        if self._loop is None or self._loop is running_loop():
             self._finish()
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._finish)

@@ -128,6 +128,7 @@ class ResponseDecoder:
         self._wants_details = (request.parameters or Parameters()).details
         self._request_id = request_id
         self._text = ""
+        self._shown = 0  # characters of the text that came with tokens
         self._tokens: list[Token] = []
         self._details: dict[str, Any] | None = None
 
@@ -154,8 +155,10 @@ class ResponseDecoder:
             self._details = _parse(details[0])
         elif response.final:
             raise self._incomplete("The server ended the answer without its details")
-        if not tokens and (text or details):
-            tokens = [Token(-1, text)]
+        self._shown += sum(len(token.text) for token in tokens if not token.special)
+        if not tokens and (details or len(self._text) > self._shown):
+            tokens = [Token(-1, self._text[self._shown :])]
+            self._shown = len(self._text)
         self._tokens += tokens
         items = [StreamResponse(token) for token in tokens]
         if self._details is not None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from lorax_triton._base import CANCEL_TIMEOUT_S, DEFAULT_TIMEOUT_S, ClientBase
 from lorax_triton._channel import Tls
-from lorax_triton._grpc_aio import AsyncGrpcTransport
+from lorax_triton._grpc_aio import AsyncGrpcTransport, running_loop
 from lorax_triton._stream import AsyncTokenStream
 from lorax_triton._transport import AsyncTransport
 from lorax_triton._wire import decode_control
@@ -263,7 +263,11 @@ class AsyncClient(ClientBase):
     def _cancel_in_background(self, request_id: str) -> None:
         # Streams are given up in destructors and by other threads too.
         loop = self._loop
-        if loop is not None and not loop.is_closed():
+        if loop is None or loop.is_closed():
+            return
+        if loop is running_loop():
+            self._start_cancelling(request_id)
+        else:
             loop.call_soon_threadsafe(self._start_cancelling, request_id)
 
     def _start_cancelling(self, request_id: str) -> None:

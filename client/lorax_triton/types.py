@@ -181,6 +181,7 @@ class Parameters:
         )
         if self.adapter_revision is not None:
             _require(bool(self.adapter_id), "`adapter_revision` needs an `adapter_id`")
+            _require(self.adapter_source != "local", "a folder has no `adapter_revision`")
             _require("@" not in (self.adapter_id or ""), "`adapter_id` already names a revision after its @")
 
     def _check_best_of(self) -> None:
