@@ -1,7 +1,7 @@
 """Between Triton's tensors and this project's types: requests in, events out, errors with the right code.
 
-Written for tritonserver 24.10 and newer: what the caller gets is in tensors, because responses have had parameters
-only since 25.02.
+Written for tritonserver 24.10 and newer: what the caller gets is in tensors, because responses have had
+parameters only since 25.02.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lorax_backend.errors import GenerationError, LoraxError, ValidationError, error_from_dict
+from lorax_backend.errors import LoraxError, ValidationError, error_from_dict
 from lorax_backend.serving.parameters import RawRequest
 from lorax_backend.tensors import BY_INPUT_NAME, OUTPUT_FLAGS, OUTPUTS, TensorSpec
 from lorax_backend.types import GenerateRequest, GenerationEvent, Token
@@ -48,8 +48,8 @@ def decode_request(request: Any) -> RawRequest:
 
 
 def _outputs_asked_by_name(request: Any) -> list[str]:
-    """Outputs the caller listed. A list of all of them, which is also what no list at all becomes, asks for none:
-    it would make every caller pay for log probabilities."""
+    """Outputs the caller listed. A list of all of them, which is also what no list at all becomes, asks for
+    none: it would make every caller pay for log probabilities."""
     names = set(request.requested_output_names())
     return [] if names >= _ALL_OUTPUTS else [name for name in OUTPUT_FLAGS if name in names]
 
@@ -157,7 +157,8 @@ def _token_json(token: Token) -> dict[str, Any]:
 
 
 def _logprob_json(token: Token) -> dict[str, dict[str, Any]]:
-    """A token and its alternatives as NVIDIA's vLLM backend shows them: id -> logprob, rank, decoded_token."""
+    """A token and its alternatives as NVIDIA's vLLM backend shows them: id -> logprob, rank,
+    decoded_token."""
     best = token.top_logprobs or ()
     ranks = {token_id: rank for rank, (token_id, _, _) in enumerate(best, start=1)}
     chosen = {"logprob": token.logprob, "rank": ranks.get(token.id), "decoded_token": token.text}
@@ -187,68 +188,53 @@ class TritonChannel:
     """The way back to one caller; implements the service's ResponseChannel.
 
     Sends the final flag exactly once, with the last response. Keeps the response sender only, so that the request's
-    tensors are freed while it runs. If a response cannot be sent (shared memory is full) the caller gets an error,
-    and `is_cancelled` turns true, so that nothing goes on for nobody.
+    tensors are freed while it runs. A response that cannot be sent (shared memory is full) raises; the service then
+    ends the request, and the error it sends is small enough to find room.
     """
 
     def __init__(self, sender: Any) -> None:
         self._sender = sender
         self._lock = threading.Lock()
         self._closed = False
-        self._broken = False
 
     def send(self, event: GenerationEvent, request: GenerateRequest | None) -> None:
-        """Send one event; the one that ends the request closes the channel. Never raises."""
+        """Send one event; the one that ends the request closes the channel, and what comes after it is dropped.
+
+        Raises:
+            TritonModelException: the response could not be handed to the server.
+        """
         large = len(event.text) + _BYTES_OF_A_TOKEN * len(event.tokens) > _LARGE
-        self._send(lambda: encode_event(event, request), final=event.final, large=large)
+        self._send(lambda: encode_event(event, request), event.final, large)
 
     def send_error(self, error: LoraxError) -> None:
-        """End the request with an error."""
-        self._send(lambda: error_response(error), final=True)
+        """End the request with an error. Never raises."""
+        self._end(lambda: error_response(error))
 
     def send_details(self, answer: Mapping[str, Any]) -> None:
-        """End the request with the answer to a control command."""
+        """End the request with the answer to a control command. Never raises."""
         text = json.dumps(answer)
-        self._send(
-            lambda: pb_utils.InferenceResponse(output_tensors=[_strings("details", [text])]),
-            final=True,
-            large=len(text) > _LARGE,
-        )
+        self._end(lambda: pb_utils.InferenceResponse([_strings("details", [text])]), len(text) > _LARGE)
 
     def is_cancelled(self) -> bool:
         """True if nobody waits for further responses. A round trip to the server."""
-        if self._broken:
-            return True
-        try:
-            return bool(self._sender.is_cancelled())
-        except Exception:
-            _log.exception("cannot ask whether a request was cancelled")
-            return False
+        return bool(self._sender.is_cancelled())
 
-    def _send(self, make: Callable[[], Any], final: bool, large: bool = False) -> None:
+    def _end(self, make: Callable[[], Any], large: bool = False) -> None:
+        try:
+            self._send(make, True, large)
+        except Exception:
+            _log.exception("a caller could not be answered")
+
+    def _send(self, make: Callable[[], Any], final: bool, large: bool) -> None:
         with self._lock:
             if self._closed:
                 return
-            self._closed = final
+            response = make()
             # A sender counts as closed from the moment it is asked to send the final flag, even if there is no room
             # for the response that goes with it, and could then never tell its caller. So a large one goes alone.
-            together = final and not large
-            try:
-                self._sender.send(make(), flags=_FINAL if together else 0)
-                if final and large:
-                    self._sender.send(flags=_FINAL)
-            except Exception as failure:
-                _log.warning("a response could not be sent: %s", failure)
-                self._closed = self._broken = True
-                self._give_up(together)
-
-    def _give_up(self, final_was_tried: bool) -> None:
-        if final_was_tried:
-            return
-        error = GenerationError(
-            "a response could not be sent; the server may be short of shared memory (/dev/shm)"
-        )
-        try:
-            self._sender.send(error_response(error), flags=_FINAL)
-        except Exception:
-            _log.exception("a request could not be told that its response was lost")
+            if large or not final:
+                self._sender.send(response)
+                response = None
+            if final:
+                self._closed = True
+                self._sender.send(response, flags=_FINAL)

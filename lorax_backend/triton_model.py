@@ -1,7 +1,7 @@
 """The `lorax` model as Triton's Python backend sees it: decodes requests and hands them on, nothing else.
 
-Heavy imports are inside `initialize`: with auto-complete on, Triton imports this module in a second process only to
-ask for the configuration.
+Heavy imports are inside `initialize`: with auto-complete on, Triton imports this module in a second process
+only to ask for the configuration.
 """
 
 from __future__ import annotations
@@ -9,74 +9,27 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import triton_python_backend_utils as pb_utils
-
-from lorax_backend.config import ServerConfig, load_config
 from lorax_backend.errors import LoraxError, ShuttingDownError, ValidationError
-from lorax_backend.server.repository import config_type
-from lorax_backend.tensors import INPUTS, OUTPUTS, TensorSpec
+from lorax_backend.tensors import INPUTS, OUTPUTS
 from lorax_backend.triton_io import TritonChannel, decode_request
+from lorax_backend.triton_setup import (
+    complete_config,
+    model_exception,
+    read_config,
+    report_progress,
+    set_up_logging,
+)
 
 if TYPE_CHECKING:
+    from lorax_backend.config import ServerConfig
     from lorax_backend.serving.service import GenerationService
     from lorax_backend.triton_metrics import MetricsMirror
 
-_log = logging.getLogger("lorax_backend")
+_log = logging.getLogger(__name__)
 _STOP_S = 5.0
-
-
-def read_config(args: dict[str, str]) -> ServerConfig:
-    """The options from the model configuration's `parameters` and the environment.
-
-    Raises:
-        ValueError: naming every option that is unknown or cannot be read.
-    """
-    parameters = json.loads(args["model_config"]).get("parameters", {})
-    return load_config({key: value["string_value"] for key, value in parameters.items()})
-
-
-def set_up_logging(config: ServerConfig) -> None:
-    """Log to the server's stderr. Triton's own logger would cost a round trip to the server per line."""
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        stream=sys.stderr,
-        format="%(levelname)s %(asctime)s %(name)s: %(message)s",
-        force=True,
-    )
-
-
-def report_progress(message: str) -> None:
-    """Write a line that the command line recognizes as progress of loading."""
-    sys.stderr.write(f"lorax: {message}\n")
-    sys.stderr.flush()
-
-
-def model_exception(error: Exception) -> Any:
-    """What `initialize` raises: one readable reason, which Triton repeats in its log and to whoever asks."""
-    reason = str(error) or type(error).__name__
-    if not isinstance(error, LoraxError | ValueError | RuntimeError | OSError):
-        reason = f"{type(error).__name__}: {reason}"
-    return pb_utils.TritonModelException(reason)
-
-
-def complete_config(
-    model_config: Any, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
-) -> Any:
-    """Fill in the tensors of a model configuration that was written without them."""
-    for spec in inputs:
-        model_config.add_input(_described(spec) | {"optional": True})
-    for spec in outputs:
-        model_config.add_output(_described(spec))
-    model_config.set_max_batch_size(0)
-    return model_config
-
-
-def _described(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": config_type(spec.datatype), "dims": list(spec.dims)}
 
 
 class TritonPythonModel:
@@ -103,22 +56,13 @@ class TritonPythonModel:
 
     def _start(self, config: ServerConfig, args: dict[str, str]) -> None:
         set_up_logging(config)
-        from lorax_backend.engine.build import create_engine
-        from lorax_backend.model_source import resolve_model
-        from lorax_backend.serving.service import GenerationService
-        from lorax_backend.serving.tokenizer import TokenizerPool
+        from lorax_backend.serving.local import open_service
         from lorax_backend.triton_metrics import MetricsMirror
 
-        path = resolve_model(config, report_progress)
-        report_progress("loading the tokenizer")
-        tokenizer = TokenizerPool(path)
-        engine = create_engine(config, path, report_progress)
-        self._service = GenerationService(engine, tokenizer, config)
-        self._service.start()
+        self._service = open_service(config, report_progress)
         self._control = ThreadPoolExecutor(2, thread_name_prefix="control")
-        self._metrics = MetricsMirror(
-            self._service, {"model": args["model_name"], "version": args["model_version"]}
-        )
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._metrics = MetricsMirror(self._service.metrics, labels)
         _log.info("ready, process %d", os.getpid())
 
     def execute(self, requests: list[Any]) -> None:
@@ -163,7 +107,7 @@ class TritonPythonModel:
         service, metrics, control = self._service, self._metrics, self._control
         self._service = self._metrics = self._control = None
         if control is not None:
-            control.shutdown(wait=False, cancel_futures=True)
+            control.shutdown(wait=False)
         if metrics is not None:
             metrics.stop(_STOP_S)
         if service is not None:

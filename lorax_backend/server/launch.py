@@ -37,7 +37,9 @@ class ServerOptions:
     """How to start a tritonserver. A port of 0 is replaced by a free one.
 
     `models` empty loads every model of the repository, otherwise only those named. `env` is added to this
-    process's environment. `exit_timeout_s` is how long running requests may go on after SIGTERM.
+    process's environment. `exit_timeout_s` is how long running requests may go on after SIGTERM. `arguments`
+    are further ones of tritonserver's; those by default spare it a second start of every model only to ask
+    for its configuration.
     """
 
     host: str = "127.0.0.1"
@@ -47,7 +49,7 @@ class ServerOptions:
     models: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     exit_timeout_s: int = 30
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ("--disable-auto-complete-config",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,6 @@ class TritonServer:
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
             f"--exit-timeout-secs={options.exit_timeout_s}",
-            "--disable-auto-complete-config",
         ]
         if options.models:
             arguments.append("--model-control-mode=explicit")

@@ -1,0 +1,91 @@
+"""Mirrors the service's metrics to Triton's, so that they appear on the server's metrics page.
+
+Every call to a Triton metric is a round trip to the server's process, so one thread carries over what
+changed, about once a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from lorax_backend.serving.metrics import (
+    COUNTER,
+    GAUGE,
+    HISTOGRAM,
+    Labels,
+    MetricsRegistry,
+    MetricSpec,
+    MetricUpdate,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class MetricsMirror:
+    """Owns the Triton metric families and the thread that moves them. `labels` are put on every series."""
+
+    def __init__(self, registry: MetricsRegistry, labels: dict[str, str], interval_s: float = 1.0) -> None:
+        self._registry = registry
+        self._labels = labels
+        self._interval_s = interval_s
+        self._families: dict[str, Any] = {}
+        self._series: dict[tuple[str, Labels], Any] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics-mirror", daemon=True)
+        try:
+            for spec in registry.specs.values():
+                for series_labels in spec.labels:
+                    self._get(spec, series_labels)
+        except pb_utils.TritonModelException as error:
+            _log.warning("no metrics on the server's metrics page: %s", error)
+            return
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Carry over the last changes and end the thread, within `timeout` seconds."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        for update in self._registry.drain():
+            try:
+                self._apply(update)
+            except Exception:
+                _log.exception("metric %s could not be mirrored", update.spec.name)
+
+    def _apply(self, update: MetricUpdate) -> None:
+        series = self._get(update.spec, update.labels)
+        if update.spec.kind == COUNTER:
+            series.increment(update.amount)
+        elif update.spec.kind == GAUGE:
+            series.set(update.amount)
+        else:
+            for value in update.values:
+                series.observe(value)
+
+    def _get(self, spec: MetricSpec, labels: Labels) -> Any:
+        series = self._series.get((spec.name, labels))
+        if series is None:
+            options = {"buckets": list(spec.buckets)} if spec.kind == HISTOGRAM else {}
+            series = self._family(spec).Metric(labels=self._labels | dict(labels), **options)
+            self._series[spec.name, labels] = series
+        return series
+
+    def _family(self, spec: MetricSpec) -> Any:
+        family = self._families.get(spec.name)
+        if family is None:
+            kinds = pb_utils.MetricFamily
+            kind = {COUNTER: kinds.COUNTER, GAUGE: kinds.GAUGE, HISTOGRAM: kinds.HISTOGRAM}[spec.kind]
+            family = kinds(name=spec.name, description=spec.doc, kind=kind)
+            self._families[spec.name] = family
+        return family
