@@ -69,7 +69,7 @@ class TorchModelRunner:
             self.device,
             config.max_lora_rank,
         )
-        self._decoder = Decoder(
+        self.decoder = Decoder(
             self.model_config, self.weights, self.layout, self.arena.pages, self.limits.max_total_tokens
         )
         self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
@@ -117,7 +117,7 @@ class TorchModelRunner:
 
     def close(self) -> None:
         """Free the device memory; the runner cannot be used afterwards."""
-        for name in ("weights", "arena", "_decoder", "_cache", "_builder", "_planner", "_last_token"):
+        for name in ("weights", "arena", "decoder", "_cache", "_builder", "_planner", "_last_token"):
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -134,14 +134,14 @@ class TorchModelRunner:
         return weights
 
     def _step(self, inputs: InputBatch, cache: KvCache) -> PendingStep:
-        hidden = self._decoder.forward(
+        hidden = self.decoder.forward(
             inputs.input_ids, inputs.positions, inputs.attention, inputs.lora, cache
         )
         if inputs.sampled_slots is None:
             return PendingStep.empty()
         if inputs.logit_rows is not None:
             hidden = hidden.index_select(0, inputs.logit_rows)
-        logits = self._decoder.logits(hidden, inputs.head_lora)
+        logits = self.decoder.logits(hidden, inputs.head_lora)
         drawn = self._draw(logits, inputs)
         self._last_token.index_copy_(0, inputs.sampled_slots, drawn.ids)
         return PendingStep.of(drawn, [item.seq.sampling.top_logprobs for item in inputs.sampled])
