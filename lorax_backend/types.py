@@ -157,8 +157,10 @@ class OutputOptions:
 class GenerateRequest:
     """A caller's request after decoding and range checks, before tokenization.
 
-    Exactly one of `prompt`, `messages` and `input_ids` is set. `sampling.max_new_tokens == 0` stands for "as many as
-    the model's limit allows" and `sampling.seed` is None-like only until `prepare` (see serving.service).
+    Exactly one of `prompt`, `messages` and `input_ids` is set; `tools` go to the chat template with `messages`.
+    `sampling.max_new_tokens == 0` stands for "as many as the model's limit allows". Without `seed_given` the service
+    draws the seed of a sampled request. The text ends with the stop string that ended it unless
+    `include_stop_str_in_output` is false.
     """
 
     request_id: str
@@ -177,6 +179,8 @@ class GenerateRequest:
     seed_given: bool = False
     priority: int = 0
     outputs: OutputOptions = OutputOptions()
+    tools: list[dict[str, Any]] | None = None
+    include_stop_str_in_output: bool = True
 
 
 @dataclass(slots=True)

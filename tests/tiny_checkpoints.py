@@ -111,7 +111,9 @@ def write_tiny_adapter(
     layers = settings["layers_to_transform"]
     for path, (rows, columns) in linear_shapes(json.loads((model_path / "config.json").read_text())).items():
         name = path.rsplit(".", 1)[-1]
-        if name not in targets or (layers is not None and path != "lm_head" and int(path.split(".")[2]) not in layers):
+        if name not in targets or (
+            layers is not None and path != "lm_head" and int(path.split(".")[2]) not in layers
+        ):
             continue
         patterns = settings["rank_pattern"]
         r = patterns.get(path, patterns.get(name, rank))
@@ -314,7 +316,9 @@ def _byte_fallback_tokenizer() -> dict[str, Any]:
 def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, {"format": "pt"}
+    )
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,0 +1,152 @@
+"""Chat messages: their checks, and the model's chat template.
+
+Templates are Jinja, written for the environment that transformers gives them: sandboxed, blocks trimmed, with
+`raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, loop controls and `{% generation %}` blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lorax_backend.errors import TemplateError, ValidationError
+from lorax_backend.serving.schema import shorten
+
+
+def validate_messages(messages: Any, label: str = "messages") -> list[dict[str, Any]]:
+    """Check a chat and join the text parts of each content into one text; returns new dicts.
+
+    A content may be a text, a list of `{"type": "text", "text": ...}` parts, or null where `tool_calls` are given.
+
+    Raises:
+        ValidationError: naming the message and key at fault.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValidationError(f"{label}: must be a list of at least one message")
+    result = []
+    for index, message in enumerate(messages):
+        where = f"{label}[{index}]"
+        if not isinstance(message, dict):
+            raise ValidationError(
+                f"{where}: expected an object with role and content, got {shorten(message)}"
+            )
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise ValidationError(
+                f"{where}.role: expected a text such as user, assistant or system, got {shorten(role)}"
+            )
+        result.append({**message, "content": _content(message, where)})
+    return result
+
+
+def _content(message: dict[str, Any], where: str) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, list):
+        raise ValidationError(f"{where}.content: expected a text or a list of parts, got {shorten(content)}")
+    texts = []
+    for number, part in enumerate(content):
+        place = f"{where}.content[{number}]"
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValidationError(f'{place}: only parts of type "text" are supported, got {shorten(kind)}')
+        if not isinstance(part.get("text"), str):
+            raise ValidationError(f"{place}.text: expected a text, got {shorten(part.get('text'))}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class ChatTemplate:
+    """A compiled chat template. Rendering is thread-safe.
+
+    Args:
+        source: the Jinja text.
+        special_tokens: texts such as `bos_token` and `eos_token` that templates refer to.
+
+    Raises:
+        TemplateError: the text is not a template.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        self.source = source
+        self._special_tokens = special_tokens
+        self._template = _compile(source)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, tokenizer_config: dict[str, Any], special: dict[str, str]
+    ) -> ChatTemplate | None:
+        """The template of a model folder: `chat_template.jinja`, else `chat_template` of its tokenizer_config.json.
+
+        A list of named templates yields the one called "default".
+        """
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            return cls(path.read_text(encoding="utf-8"), special)
+        source = tokenizer_config.get("chat_template")
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        return cls(source, special) if isinstance(source, str) and source else None
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The prompt for a chat, ending where the assistant's answer begins.
+
+        Raises:
+            TemplateError: the template failed, or refused the messages with `raise_exception`.
+        """
+        import jinja2
+
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"messages: the model's chat template refused them: {error}") from None
+        except Exception as error:  # templates run arbitrary expressions over the caller's values
+            raise TemplateError(
+                f"messages: the model's chat template failed: {type(error).__name__}: {error}"
+            ) from None
+
+
+def _compile(source: str) -> Any:
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's text for training; here its content simply stands."""
+
+        tags = {"generation"}  # noqa: RUF012 - the attribute is jinja2's
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"the model's chat template is not valid: {error}") from error

@@ -1,0 +1,44 @@
+"""Everything needed to serve, from a configuration: for the Triton model and for use as a library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lorax_backend.config import ServerConfig
+from lorax_backend.model_source import resolve_model, resolve_tokenizer
+from lorax_backend.serving.service import GenerationService
+from lorax_backend.serving.tokenizer import TokenizerPool
+
+Progress = Callable[[str], None]
+
+
+def open_tokenizer(config: ServerConfig, progress: Progress | None = None) -> TokenizerPool:
+    """Get the model's files and load its tokenizer alone.
+
+    Raises:
+        RuntimeError: the model or its tokenizer cannot be had; the message says why.
+    """
+    model_path = resolve_model(config, progress)
+    try:
+        return TokenizerPool(resolve_tokenizer(config, model_path, progress), model_path)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"cannot load the tokenizer: {error}") from error
+
+
+def open_service(config: ServerConfig, progress: Progress | None = None) -> GenerationService:
+    """Get the model's files, load them, and return a service that is ready. Call its `stop` at the end.
+
+        with contextlib.closing(open_service(ServerConfig())) as service:
+            for event in service.generate(service.request("Hello", max_tokens=8, stream=True)):
+                ...
+
+    Raises:
+        RuntimeError: with a readable reason, if the model cannot be served.
+    """
+    from lorax_backend.engine.build import create_engine  # the only import that brings torch in
+
+    tokenizer = open_tokenizer(config, progress)
+    engine = create_engine(config, resolve_model(config), progress)
+    service = GenerationService(engine, tokenizer, config)
+    service.start()
+    return service
