@@ -217,7 +217,10 @@ class TritonChannel:
 
     def is_cancelled(self) -> bool:
         """True if nobody waits for further responses. A round trip to the server."""
-        return bool(self._sender.is_cancelled())
+        # Never beside or after the final flag: the server has freed what the question is about by then, and asking
+        # would bring down the whole server.
+        with self._lock:
+            return not self._closed and bool(self._sender.is_cancelled())
 
     def _end(self, make: Callable[[], Any], large: bool = False) -> None:
         try:

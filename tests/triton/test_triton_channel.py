@@ -61,7 +61,8 @@ class FakeSender:
         self.sent.append((response, flags))
 
     def is_cancelled(self) -> bool:
-        return False
+        assert not self.closed, "a real server crashes when asked about a request it has ended"
+        return True
 
 
 @dataclass
@@ -137,6 +138,15 @@ def test_a_caller_that_cannot_be_told_of_an_error_raises_nothing(triton_io):
     triton_io.TritonChannel(sender).send_error(ValidationError("bad"))
 
     assert sender.sent == []
+
+
+def test_the_server_is_never_asked_about_a_request_that_has_ended(triton_io):
+    channel = triton_io.TritonChannel(FakeSender())
+    assert channel.is_cancelled()
+
+    channel.send(last_event(), None)
+
+    assert not channel.is_cancelled()
 
 
 def test_an_error_carries_its_json_and_code(triton_io):
