@@ -16,14 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorax_backend.adapters.host_adapter import HostAdapter
-from lorax_backend.adapters.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lorax_backend.adapters.peft_config import PeftConfig, read_peft_config
 from lorax_backend.adapters.tensor_names import LORA_A, LORA_B, TensorName, parse_tensor_name
+from lorax_backend.adapters.weight_files import CONFIG_NAME, choose_weight_names
 from lorax_backend.errors import AdapterIncompatibleError, AdapterNotFoundError, AdapterTooLargeError
 from lorax_backend.model.lora import LoraTarget
 from lorax_kernels.layout import PAGE_RANK, PageLayout, pages_for_rank
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-_NOT_WEIGHTS = ("arguments", "args", "training")
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_LISTED = 3  # tensors with the same problem named before the rest is only counted
 
@@ -73,18 +72,54 @@ class _Problems:
             raise kind(f"adapter {folder.name} cannot be used with this base model: " + "; ".join(texts))
 
 
-def load_adapter(
-    folder: Path,
-    targets: Mapping[str, LoraTarget],
-    layout: PageLayout,
-    dtype: torch.dtype,
-    max_rank: int,
-    pin_memory: bool = False,
-) -> HostAdapter:
-    """Read the adapter in `folder` (adapter_config.json and safetensors) into pages of `layout` in `dtype`.
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """An adapter checked by its configuration and the headers of its files, not read yet.
 
-    The scaling (alpha / r, or alpha / sqrt(r)) is folded into B in float32 before the cast. `targets` maps module
-    paths of the base model to their places in the layout. `pin_memory` asks for page-locked pages (CUDA only).
+    `num_pages` and `nbytes` are what the loaded adapter will take.
+    """
+
+    folder: Path
+    rank: int
+    layout: PageLayout
+    dtype: torch.dtype
+    modules: Mapping[str, _Module]
+
+    @property
+    def num_pages(self) -> int:
+        return pages_for_rank(self.rank)
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_pages * self.layout.page_size * self.dtype.itemsize
+
+    def load(self, pin_memory: bool = False) -> HostAdapter:
+        """Read the weights into new pages; page-locked (CUDA only) with `pin_memory`.
+
+        Raises:
+            AdapterIncompatibleError: NaN or infinity, or files that changed since they were inspected.
+        """
+        problems = _Problems()
+        pages = _fill_pages(self, pin_memory, problems)
+        problems.raise_if_any(self.folder)
+        sites = frozenset(module.target.site for module in self.modules.values())
+        return HostAdapter(pages=pages, rank=self.rank, sites=sites, modules=tuple(sorted(self.modules)))
+
+
+def load_adapter(
+    folder: Path, targets: Mapping[str, LoraTarget], layout: PageLayout, dtype: torch.dtype, max_rank: int
+) -> HostAdapter:
+    """`inspect_adapter`, then `AdapterPlan.load`; raises as they do."""
+    return inspect_adapter(folder, targets, layout, dtype, max_rank).load()
+
+
+def inspect_adapter(
+    folder: Path, targets: Mapping[str, LoraTarget], layout: PageLayout, dtype: torch.dtype, max_rank: int
+) -> AdapterPlan:
+    """Check the PEFT adapter in `folder` against the base model, reading headers only.
+
+    `targets` maps module paths of the base model to their places in `layout`. The weights will be in `dtype`, with
+    the scaling (alpha / r, or alpha / sqrt(r)) folded into B in float32 before the cast.
 
     Raises:
         AdapterNotFoundError: the folder holds no adapter_config.json or no weights.
@@ -94,13 +129,14 @@ def load_adapter(
     problems = _Problems()
     try:
         config, config_problems = read_peft_config(folder)
+        weights = choose_weight_names(entry.name for entry in folder.iterdir() if entry.is_file())
     except (FileNotFoundError, NotADirectoryError):
         raise AdapterNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no PEFT adapter") from None
     except OSError as error:
-        raise AdapterNotFoundError(f"{folder / CONFIG_NAME} cannot be read: {error.strerror}") from None
+        raise AdapterNotFoundError(f"adapter folder {folder} cannot be read: {error.strerror}") from None
     for problem in config_problems:
         problems.add(problem)
-    stored = [tensor for file in weight_files(folder) for tensor in _read_header(file, problems)]
+    stored = [tensor for name in weights for tensor in _read_header(folder / name, problems)]
     modules = _match_modules(stored, targets, problems)
     for module in modules.values():
         _check_shapes(module, problems)
@@ -109,46 +145,7 @@ def load_adapter(
     problems.raise_if_any(folder)
     if not modules:
         raise AdapterIncompatibleError(f"adapter {folder.name} holds no LoRA weights")
-    pages = _fill_pages(modules, layout, dtype, pin_memory, problems)
-    problems.raise_if_any(folder)
-    return HostAdapter(
-        pages=pages,
-        rank=max(module.rank for module in modules.values()),
-        sites=frozenset(module.target.site for module in modules.values()),
-        modules=tuple(sorted(modules)),
-    )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a PEFT folder: adapter_model.safetensors, else every file that may hold weights.
-
-    Raises:
-        AdapterNotFoundError: there are none.
-        AdapterIncompatibleError: there are weights in another format only.
-    """
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME]
-    found = choose_weight_names(entry.name for entry in sorted(folder.iterdir()) if entry.is_file())
-    return [folder / name for name in found]
-
-
-def choose_weight_names(names: Iterable[str]) -> list[str]:
-    """Pick the weights among the files at the top of an adapter's folder or repository; raises as `weight_files`."""
-    names = list(names)
-    if WEIGHTS_NAME in names:
-        return [WEIGHTS_NAME]
-    found = [
-        name for name in names if name.endswith(".safetensors") and not any(w in name for w in _NOT_WEIGHTS)
-    ]
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) and "adapter" in name]
-    if not found and pickled:
-        raise AdapterIncompatibleError(
-            f"{pickled[0]} is a pickle, which can run code when it is read and is refused; save the adapter as "
-            f"{WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True))"
-        )
-    if not found:
-        raise AdapterNotFoundError(f"there is no {WEIGHTS_NAME} beside {CONFIG_NAME}")
-    return found
+    return AdapterPlan(folder, max(module.rank for module in modules.values()), layout, dtype, modules)
 
 
 def _read_header(file: Path, problems: _Problems) -> list[_StoredTensor]:
@@ -242,15 +239,9 @@ def _check_against_config(
             return
 
 
-def _fill_pages(
-    modules: Mapping[str, _Module],
-    layout: PageLayout,
-    dtype: torch.dtype,
-    pin_memory: bool,
-    problems: _Problems,
-) -> torch.Tensor:
-    count = pages_for_rank(max(module.rank for module in modules.values()))
-    pages = torch.zeros(count, layout.page_size, dtype=dtype, pin_memory=pin_memory)
+def _fill_pages(plan: AdapterPlan, pin_memory: bool, problems: _Problems) -> torch.Tensor:
+    layout, modules = plan.layout, plan.modules
+    pages = torch.zeros(plan.num_pages, layout.page_size, dtype=plan.dtype, pin_memory=pin_memory)
     views = {
         site: (layout.a_view(pages, site), layout.b_view(pages, site), layout.sites[site].out_slices)
         for site in {module.target.site for module in modules.values()}
@@ -267,7 +258,9 @@ def _fill_pages(
             b_slice[page, : last - first] = b_scaled[first:last]
         for part, view in ((module.a, a_slice), (module.b, b_slice)):
             if part is not None and not _is_finite(view):
-                problems.add_tensor(part, f"holds NaN or infinity as {str(dtype).removeprefix('torch.')}")
+                problems.add_tensor(
+                    part, f"holds NaN or infinity as {str(plan.dtype).removeprefix('torch.')}"
+                )
     return pages
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
-CONFIG_NAME = "adapter_config.json"
+from lorax_backend.adapters.weight_files import CONFIG_NAME
+
 _MAX_CONFIG_BYTES = 4 << 20
 # A hostile pattern holds up other threads no longer than one match, and its own adapter no longer than the budget.
 _MATCH_TIMEOUT_S = 0.1

@@ -1,0 +1,37 @@
+"""Which files of a folder or repository are an adapter's weights. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorax_backend.errors import AdapterIncompatibleError, AdapterNotFoundError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_NOT_WEIGHTS = ("arguments", "args", "training")
+_PICKLES = (".bin", ".pt", ".pth")
+
+
+def choose_weight_names(names: Iterable[str]) -> list[str]:
+    """adapter_model.safetensors, else every safetensors file that may hold weights, sorted.
+
+    Raises:
+        AdapterNotFoundError: there are none.
+        AdapterIncompatibleError: there are pickled weights only.
+    """
+    names = sorted(names)
+    if WEIGHTS_NAME in names:
+        return [WEIGHTS_NAME]
+    found = [
+        name for name in names if name.endswith(".safetensors") and not any(w in name for w in _NOT_WEIGHTS)
+    ]
+    pickled = [name for name in names if name.endswith(_PICKLES) and "adapter" in name]
+    if not found and pickled:
+        raise AdapterIncompatibleError(
+            f"{pickled[0]} is a pickle, which can run code when it is read and is refused; save the adapter as "
+            f"{WEIGHTS_NAME} (PEFT: save_pretrained(..., safe_serialization=True))"
+        )
+    if not found:
+        raise AdapterNotFoundError(f"there is no {WEIGHTS_NAME} beside {CONFIG_NAME}")
+    return found
