@@ -51,8 +51,9 @@ def _reason(body: bytes) -> str:
     return text.strip()[:500]
 
 
-def info_rows(info: dict[str, Any]) -> list[Row]:
+def info_rows(info: dict[str, Any], adapter_slots: int | None = None) -> list[Row]:
     """Rows for the table of a server's fixed facts, from its `info` answer (EngineInfo as a dict)."""
+    slots = f"{adapter_slots} slots, " if adapter_slots is not None else ""
     seen = {name: info.get(name, "?") for name in info}
     rows: list[Row] = [
         (
@@ -69,7 +70,7 @@ def info_rows(info: dict[str, Any]) -> list[Row]:
         ),
         (
             "adapters",
-            f"{seen['adapter_pages']} pages of rank {seen['adapter_page_rank']}"
+            f"{slots}{seen['adapter_pages']} pages of rank {seen['adapter_page_rank']}"
             f" ({byte_size(info.get('adapter_arena_bytes', 0))}), rank up to {seen['max_lora_rank']}",
         ),
         (

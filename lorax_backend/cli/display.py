@@ -82,16 +82,18 @@ class TerminalDisplay:
             transient=True,
         )
         self._task: Any = None
+        self._indeterminate = False
 
     def progress(self, message: str) -> None:
         share = share_done(message)
-        total = None if share is None else 100
-        completed = int(100 * (share or 0.0))
+        if self._task is not None and (share is None) != self._indeterminate:
+            # A rich task cannot lose its total again: a message without a share gets a task of its own.
+            self.close()
+        self._indeterminate = share is None
         if self._task is None:
-            self._task = self._bar.add_task(message, total=total, completed=completed)
+            self._task = self._bar.add_task(message, total=None if share is None else 100)
             self._bar.start()
-        else:
-            self._bar.update(self._task, description=message, total=total, completed=completed)
+        self._bar.update(self._task, description=message, completed=int(100 * (share or 0)))
 
     def line(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

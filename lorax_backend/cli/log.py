@@ -6,10 +6,10 @@ import re
 
 # "I1121 10:20:30.123456 77 model.cc:642] text", where newer servers quote the text.
 _RECORD = re.compile(r'^(?P<level>[IWEF])\d{4} [\d:.]+ \d+ (?P<place>\S+)\] "?(?P<text>.*?)"?$')
-# What a server without a GPU says about missing GPUs at every start.
+# What a server says at every start without a GPU, and at every stop.
 _NOISE = re.compile(
     r"pinned system memory|CudaDriverHelper|CUDA memory pool disabled|NVML|CUDA driver version|"
-    r"unable to create stream|Unable to get power|Cannot set priority|gpu metrics|DCGM",
+    r"unable to create stream|Unable to get power|Cannot set priority|gpu metrics|DCGM|^Signal \(\d+\) received",
     re.IGNORECASE,
 )
 _PROGRESS_MARK = "lorax: "

@@ -201,7 +201,7 @@ def _ready_table(server: TritonServer, options: ServeOptions) -> str:
     url = f"http://{server.http_address}"
     try:
         info = ask(url, "info")
-        rows = info_rows(info)
+        rows = info_rows(info, options.config.max_active_adapters)
         title = (
             f"lorax-triton {_version()} is ready; the model loaded in {info.get('load_seconds', 0.0):.1f} s"
         )

@@ -104,3 +104,14 @@ def test_the_models_progress_is_found_in_the_servers_log(line: str) -> None:
 def test_only_warnings_errors_and_the_models_own_output_are_shown(line: str, shown: bool) -> None:
     assert worth_showing(line) is shown
     assert progress_message(line) is None
+
+
+def test_a_bar_goes_back_to_a_spinner_when_the_share_is_not_known() -> None:
+    stream = Terminal()
+    display = TerminalDisplay(stream)
+    display.progress("loading weights: 100 %")
+    display.progress("reserving the KV cache")
+    display.close()
+    after = stream.getvalue().rpartition("reserving the KV cache")[2]
+    full_bar = "━" * 30
+    assert full_bar not in after
