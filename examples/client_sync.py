@@ -17,11 +17,7 @@ def main(url: str) -> None:
         print("base:  ", answer.generated_text)
         assert answer.details is not None
         print(
-            "        ended by",
-            answer.details.finish_reason.value,
-            "after",
-            answer.details.generated_tokens,
-            "tokens",
+            f"        {answer.details.generated_tokens} tokens, ended by {answer.details.finish_reason.value}"
         )
 
         print("pirate: ", end="")

@@ -66,8 +66,11 @@ class Run:
     error: str | None = None
 
     @property
-    def seconds(self) -> float:
-        return self.ended - self.started
+    def rate(self) -> float:
+        """Tokens a second after the first one."""
+        if self.first_token is None or self.ended <= self.first_token:
+            return 0.0
+        return (self.pane.tokens - 1) / (self.ended - self.first_token)
 
     def verdict(self) -> str | None:
         """What is wrong with the answer, or None."""
@@ -135,8 +138,7 @@ def report(runs: Sequence[Run]) -> bool:
     print(f"\n{'adapter':<14}{'tokens':>8}{'first token':>14}{'tokens/s':>10}")
     for run in runs:
         first = "-" if run.first_token is None else f"{1000 * (run.first_token - run.started):.0f} ms"
-        rate = run.pane.tokens / run.seconds if run.seconds > 0 else 0.0
-        print(f"{run.question.name:<14}{run.pane.tokens:>8}{first:>14}{rate:>10.1f}")
+        print(f"{run.question.name:<14}{run.pane.tokens:>8}{first:>14}{run.rate:>10.1f}")
     total = sum(run.pane.tokens for run in runs)
     span = max(run.ended for run in runs) - min(run.started for run in runs)
     print(f"{'all at once':<14}{total:>8}{'':>14}{total / span if span > 0 else 0.0:>10.1f}")
