@@ -77,7 +77,7 @@ def test_after_kill_9_of_the_stub_no_caller_hangs_and_nothing_is_left(start_tiny
     with pytest.raises(grpc.RpcError):
         patient.rest()
     assert not [path for path in regions if path.exists()]
-    assert not processes.session_members(server.pid)
+    assert all(processes.is_dead(pid) for pid in processes.session_members(server.pid))
 
 
 def test_sigterm_lets_a_running_stream_have_all_its_tokens(start_tiny):
@@ -171,4 +171,4 @@ def test_a_stopped_server_closes_its_ports(start_tiny):
 
     with pytest.raises((urllib.error.URLError, ConnectionError)):
         http_get(server.http_address, "/v2/health/live")
-    assert not processes.session_members(server.pid)
+    assert all(processes.is_dead(pid) for pid in processes.session_members(server.pid))
