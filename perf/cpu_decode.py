@@ -39,7 +39,9 @@ def main() -> int:
     options = _options()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     prompts = _prompts(options.model, options.batch)
-    runner = TorchModelRunner(ServerConfig(model_id=str(options.model), device="cpu", num_blocks=1024), options.model)
+    runner = TorchModelRunner(
+        ServerConfig(model_id=str(options.model), device="cpu", num_blocks=1024), options.model
+    )
     peer = _Transformers(options.model)
     ours, theirs = [], []
     for _ in range(options.rounds):
@@ -50,7 +52,9 @@ def main() -> int:
         got = generate(runner, prompts, options.new_tokens)
         ours.append(time.perf_counter() - begin)
     tokens = options.batch * options.new_tokens
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), batch {options.batch}, float32, greedy")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), batch {options.batch}, float32, greedy"
+    )
     print(f"prompts of {len(prompts[0])} tokens, {options.new_tokens} new tokens each; prefill is included")
     for name, seconds in (("transformers generate", theirs), ("lorax-triton", ours)):
         rounds = " ".join(f"{tokens / value:.1f}" for value in seconds)
@@ -75,7 +79,9 @@ def generate(runner: TorchModelRunner, prompts: list[list[int]], new_tokens: int
     starts = [0] * len(sequences)
     for _ in range(new_tokens):
         items = [
-            ScheduledSequence(seq, start, len(seq.token_ids) - start, sample=True, generated_index=seq.num_generated)
+            ScheduledSequence(
+                seq, start, len(seq.token_ids) - start, sample=True, generated_index=seq.num_generated
+            )
             for seq, start in zip(sequences, starts, strict=True)
         ]
         starts = [len(seq.token_ids) for seq in sequences]
@@ -117,7 +123,9 @@ def _prompts(folder: Path, count: int) -> list[list[int]]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="Hugging Face model folder; default: the built-in SmolLM2")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)

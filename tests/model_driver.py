@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence as AbstractSequence
+from collections.abc import Iterable
+from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 
 import torch

@@ -36,8 +36,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
         Architecture("llama", "LlamaForCausalLM", mlp_bias=None),
-        Architecture("mistral", "MistralForCausalLM", qkv_bias=False, o_bias=False, window=WindowRule.ALL_LAYERS),
-        Architecture("qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, window=WindowRule.LISTED_LAYERS),
+        Architecture(
+            "mistral", "MistralForCausalLM", qkv_bias=False, o_bias=False, window=WindowRule.ALL_LAYERS
+        ),
+        Architecture(
+            "qwen2", "Qwen2ForCausalLM", qkv_bias=True, o_bias=False, window=WindowRule.LISTED_LAYERS
+        ),
         Architecture(
             "qwen3", "Qwen3ForCausalLM", qk_norm=True, window=WindowRule.LISTED_LAYERS, default_head_dim=128
         ),
@@ -54,6 +58,8 @@ def find_architecture(model_type: str, class_names: tuple[str, ...]) -> Architec
     row = ARCHITECTURES.get(model_type)
     if row is None or (class_names and row.class_name not in class_names):
         got = ", ".join(class_names) or model_type or "none named"
-        supported = ", ".join(f"{known.class_name} (model_type {known.model_type})" for known in ARCHITECTURES.values())
+        supported = ", ".join(
+            f"{known.class_name} (model_type {known.model_type})" for known in ARCHITECTURES.values()
+        )
         raise ValueError(f"unsupported model architecture: {got}; supported: {supported}")
     return row

@@ -73,7 +73,9 @@ class BatchBuilder:
         query_start = np.zeros(len(items) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
         row_of_token = np.repeat(np.arange(len(items)), counts)
-        positions = (np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]).astype(np.int32)
+        positions = (np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]).astype(
+            np.int32
+        )
         contexts = starts + counts
         tables = self._block_tables([item.seq for item in items], -(-int(contexts.max()) // self.block_size))
         blocks = tables[row_of_token, positions // self.block_size].astype(np.int64)
@@ -134,9 +136,7 @@ class BatchBuilder:
                 row.length = length
         return self._tables[[seq.slot for seq in sequences], :width]
 
-    def _lora(
-        self, items: list[ScheduledSequence], counts: IntArray
-    ) -> tuple[LoraBatches, LoraBatch | None]:
+    def _lora(self, items: list[ScheduledSequence], counts: IntArray) -> tuple[LoraBatches, LoraBatch | None]:
         slots = np.array([item.seq.adapter_slot for item in items], dtype=np.int32)
         if not (slots >= 0).any():
             return LoraBatches(), None

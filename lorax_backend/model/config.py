@@ -112,7 +112,9 @@ class ModelConfig:
         kv_heads = _integer(raw, "num_key_value_heads", heads)
         head_dim = _integer(raw, "head_dim", row.default_head_dim or sizes["hidden_size"] // heads)
         if heads % kv_heads:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         if head_dim % 2:
             raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need pairs")
         attention_bias = bool(raw.get("attention_bias", False))

@@ -118,8 +118,8 @@ class Decoder:
         config, sites = self.config, self._sites[index]
         qkv = sites["qkv"].project(layer.qkv, rms_norm(x, layer.input_norm, config.rms_norm_eps), lora.qkv)
         q, k, v = self._heads(layer, qkv, rope)
-        attended = attend((q, k, v), (cache.keys[index], cache.values[index]), attention, self._scale,
-                          config.layer_windows[index])  # fmt: skip
+        window = config.layer_windows[index]
+        attended = attend((q, k, v), (cache.keys[index], cache.values[index]), attention, self._scale, window)
         x = x + sites["o"].project(layer.o, attended, lora.o)
         gate_up = sites["gate_up"].project(
             layer.gate_up, rms_norm(x, layer.post_norm, config.rms_norm_eps), lora.gate_up
@@ -129,7 +129,7 @@ class Decoder:
     def _heads(
         self, layer: LayerWeights, qkv: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split [T, q + 2 kv] into q, k and v [T, heads, head_dim]; q and k normed where the family does, and rotated."""
+        """Split [T, q + 2 kv] into q, k, v [T, heads, head_dim]; q and k normed where the family does, and rotated."""
         config = self.config
         heads = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         qk = heads[:, : config.num_heads + config.num_kv_heads]

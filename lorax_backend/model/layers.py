@@ -70,7 +70,9 @@ def _packing_works() -> bool:
     x = torch.arange(5 * 32, dtype=torch.float32).reshape(5, 32).remainder(5.0)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return torch.allclose(_packed_linear(x, packed, weight[:, 0].contiguous()), F.linear(x, weight, weight[:, 0]))
+        return torch.allclose(
+            _packed_linear(x, packed, weight[:, 0].contiguous()), F.linear(x, weight, weight[:, 0])
+        )
     except (AttributeError, RuntimeError, TypeError):
         return False
 

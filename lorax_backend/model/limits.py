@@ -34,10 +34,14 @@ def resolve_limits(config: ServerConfig, model: ModelConfig, on_cuda: bool) -> L
     longest = model.max_position_embeddings
     total = config.max_total_tokens or min(longest, _DEFAULT_TOTAL_TOKENS)
     if not 2 <= total <= longest:
-        raise ValueError(f"max_total_tokens is {total}; this model takes 2 to {longest} (max_position_embeddings)")
+        raise ValueError(
+            f"max_total_tokens is {total}; this model takes 2 to {longest} (max_position_embeddings)"
+        )
     longest_input = config.max_input_length or total - 1
     if not 1 <= longest_input < total:
-        raise ValueError(f"max_input_length is {longest_input}; it must be 1 to {total - 1} (max_total_tokens - 1)")
+        raise ValueError(
+            f"max_input_length is {longest_input}; it must be 1 to {total - 1} (max_total_tokens - 1)"
+        )
     batch_tokens = config.max_batch_tokens or (8192 if on_cuda else 512)
     num_seqs = config.max_batch_size or (256 if on_cuda else 64)
     if batch_tokens < 1 or num_seqs < 1:
@@ -93,7 +97,9 @@ def plan_adapter_pages(
 
 def plan_cpu_blocks(config: ServerConfig, bytes_a_block: int) -> int:
     """KV blocks on a CPU: `num_blocks`, or what `kv_cache_memory` holds."""
-    return config.num_blocks or _at_least_one(int(config.kv_cache_memory * _GIB) // bytes_a_block, "kv_cache_memory")
+    return config.num_blocks or _at_least_one(
+        int(config.kv_cache_memory * _GIB) // bytes_a_block, "kv_cache_memory"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,13 @@ def plan_cuda_blocks(config: ServerConfig, memory: CudaMemory, bytes_a_block: in
         ValueError: if nothing is left, or `num_blocks` asks for more than there is.
     """
     used = memory.total - memory.free
-    left = int(memory.total * config.cuda_memory_fraction) - used - memory.peak - memory.table - _CUDA_RESERVE_BYTES
+    left = (
+        int(memory.total * config.cuda_memory_fraction)
+        - used
+        - memory.peak
+        - memory.table
+        - _CUDA_RESERVE_BYTES
+    )
     fitting = left // bytes_a_block
     if config.num_blocks > fitting:
         raise ValueError(

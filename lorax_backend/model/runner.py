@@ -154,7 +154,9 @@ class TorchModelRunner:
 
     def _make_builder(self, max_tokens: int) -> BatchBuilder:
         blocks = -(-max_tokens // self._config.block_size) + 1
-        return BatchBuilder(self._config.block_size, self.limits.max_num_seqs, blocks, self.device, self.arena)
+        return BatchBuilder(
+            self._config.block_size, self.limits.max_num_seqs, blocks, self.device, self.arena
+        )
 
     def _make_cache(self) -> KvCache:
         config = self._config
@@ -222,4 +224,6 @@ def _check_backends(config: ServerConfig, device: torch.device) -> None:
     native = "triton" if device.type == "cuda" else "torch"
     for option, value in (("attention", config.attention), ("lora_kernels", config.lora_kernels)):
         if value not in ("auto", native):
-            raise ValueError(f"{option} is {value}, which cannot be had on {device.type}; use auto or {native}")
+            raise ValueError(
+                f"{option} is {value}, which cannot be had on {device.type}; use auto or {native}"
+            )

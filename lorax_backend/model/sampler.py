@@ -77,7 +77,10 @@ class SamplingInputs:
     def plain_greedy(self) -> bool:
         """True if the argmax of the raw logits is all that is wanted."""
         return (
-            self.penalties is None and self.forbidden is None and self.random is None and self.logprob_rows is None
+            self.penalties is None
+            and self.forbidden is None
+            and self.random is None
+            and self.logprob_rows is None
         )
 
 
@@ -130,7 +133,9 @@ def penalize(x: torch.Tensor, inputs: PenaltyInputs) -> torch.Tensor:
     return x - (inputs.frequency * generated + inputs.presence * (generated > 0))
 
 
-def count_occurrences(table: torch.Tensor, row: int, prompt_ids: torch.Tensor, generated_ids: torch.Tensor) -> None:
+def count_occurrences(
+    table: torch.Tensor, row: int, prompt_ids: torch.Tensor, generated_ids: torch.Tensor
+) -> None:
     """Fill one row of an int32 table [rows, vocab] with 2 * (times generated) + (1 if in the prompt)."""
     counts = table[row]
     counts.zero_()
@@ -152,7 +157,9 @@ def warp(x: torch.Tensor, inputs: RandomInputs) -> torch.Tensor:
     return x.index_copy_(0, inputs.truncated, cut)
 
 
-def truncate(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, max_top_k: int | None) -> torch.Tensor:
+def truncate(
+    x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, max_top_k: int | None
+) -> torch.Tensor:
     """Top-k, then top-p (Holtzman et al. 2019) on logits [C, vocab]; arguments as in `RandomInputs`.
 
     Top-k keeps every token whose logit is at least the k-th best, ties included. Top-p keeps the smallest set of best
@@ -161,7 +168,12 @@ def truncate(x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, max_top_
     """
     vocab = x.shape[1]
     width = vocab if max_top_k is None else min(max_top_k, vocab)
-    if max_top_k is None and x.device.type == "cpu" and vocab > _NUCLEUS_GUESS and bool((top_k >= vocab).all()):
+    if (
+        max_top_k is None
+        and x.device.type == "cpu"
+        and vocab > _NUCLEUS_GUESS
+        and bool((top_k >= vocab).all())
+    ):
         best = x.topk(_NUCLEUS_GUESS, dim=-1).values
         mass = (best - torch.logsumexp(x, -1, keepdim=True)).exp().sum(-1, keepdim=True)
         if bool((mass > top_p + 1e-4).all()):

@@ -115,7 +115,9 @@ class SamplingPlanner:
             if params.top_logprobs is not None:
                 rows.logprob.append(row)
             if item.generated_index < params.min_new_tokens:
-                rows.forbidden += [(row, stop) for stop in params.stop_token_ids if 0 <= stop < self._vocab_size]
+                rows.forbidden += [
+                    (row, stop) for stop in params.stop_token_ids if 0 <= stop < self._vocab_size
+                ]
         return rows
 
     def _penalties(
@@ -161,7 +163,9 @@ class SamplingPlanner:
         indices = [sampled[row].generated_index for row in rows]
         uniforms = [uniform_number(p.seed, index) for p, index in zip(parameters, indices, strict=True)]
         columns = upload(
-            np.array([(p.temperature, u) for p, u in zip(parameters, uniforms, strict=True)], dtype=np.float32)
+            np.array(
+                [(p.temperature, u) for p, u in zip(parameters, uniforms, strict=True)], dtype=np.float32
+            )
         )
         inputs = RandomInputs(
             rows=upload(np.array(rows, dtype=np.int64)), temperature=columns[:, 0:1], uniform=columns[:, 1:2]

@@ -32,7 +32,11 @@ class PendingStep:
     def of(cls, drawn: Drawn, wanted: Sequence[int | None]) -> PendingStep:
         """Start copying what was drawn to the host. `wanted` is `top_logprobs` of each row's request."""
         step = cls(
-            _to_host(drawn.ids), _to_host(drawn.logprobs), _to_host(drawn.top_logprobs), _to_host(drawn.top_ids), wanted
+            _to_host(drawn.ids),
+            _to_host(drawn.logprobs),
+            _to_host(drawn.top_logprobs),
+            _to_host(drawn.top_ids),
+            wanted,
         )
         if drawn.ids.is_cuda:
             step.copied = torch.cuda.Event()

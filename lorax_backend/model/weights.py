@@ -64,7 +64,9 @@ def allocate_weights(
         names[name] = torch.empty(size, dtype=dtype, device=device)
         return names[name]
 
-    def linear(prefix: str, modules: tuple[str, ...], sizes: tuple[int, ...], shape: tuple[int, bool]) -> Linear:
+    def linear(
+        prefix: str, modules: tuple[str, ...], sizes: tuple[int, ...], shape: tuple[int, bool]
+    ) -> Linear:
         in_features, with_bias = shape
         weight = torch.empty(sum(sizes), in_features, dtype=dtype, device=device)
         bias = torch.empty(sum(sizes), dtype=dtype, device=device) if with_bias else None
@@ -80,7 +82,9 @@ def allocate_weights(
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         return LayerWeights(
             input_norm=vector(prefix + "input_layernorm.weight", hidden),
-            qkv=linear(attention, ("q_proj", "k_proj", "v_proj"), (q, kv, kv), (hidden, config.attention_bias)),
+            qkv=linear(
+                attention, ("q_proj", "k_proj", "v_proj"), (q, kv, kv), (hidden, config.attention_bias)
+            ),
             q_norm=vector(attention + "q_norm.weight", config.head_dim) if config.qk_norm else None,
             k_norm=vector(attention + "k_norm.weight", config.head_dim) if config.qk_norm else None,
             o=linear(attention, ("o_proj",), (hidden,), (q, config.o_bias)),
@@ -102,7 +106,11 @@ def allocate_weights(
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> ModelWeights:
     """Fill the weights from the safetensors files of a Hugging Face model folder.
 
@@ -127,11 +135,17 @@ def load_weights(
             done = _report(progress, label, (done, done + view.numel() * view.element_size(), weights.nbytes))
     problems = [
         f"{kind}: {_shortened(names)}"
-        for kind, names in (("missing", list(missing)), ("unexpected", unexpected), ("wrong shape", misshaped))
+        for kind, names in (
+            ("missing", list(missing)),
+            ("unexpected", unexpected),
+            ("wrong shape", misshaped),
+        )
         if names
     ]
     if problems:
-        raise ValueError(f"{folder}: the checkpoint does not fit its config.json; tensors " + "; ".join(problems))
+        raise ValueError(
+            f"{folder}: the checkpoint does not fit its config.json; tensors " + "; ".join(problems)
+        )
     return weights
 
 
@@ -156,7 +170,9 @@ def _shards(folder: Path) -> list[Path]:
             raise ValueError(f"{index}: cannot be read: {error}") from None
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise ValueError(f"{folder}: weight files are missing: {_shortened(absent)}; download the model again")
+            raise ValueError(
+                f"{folder}: weight files are missing: {_shortened(absent)}; download the model again"
+            )
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
@@ -175,7 +191,9 @@ def _tensors(folder: Path, shards: list[Path]) -> Iterator[tuple[str, str, torch
                 for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
                     yield label, name, file.get_tensor(name)
         except SafetensorError as error:
-            raise ValueError(f"{folder / shard.name}: broken or cut off ({error}); download it again") from None
+            raise ValueError(
+                f"{folder / shard.name}: broken or cut off ({error}); download it again"
+            ) from None
 
 
 def _ignorable(name: str, config: ModelConfig) -> bool:

@@ -35,7 +35,11 @@ class Engines:
 
     def __init__(self, model: Path, adapters: Path) -> None:
         config = ServerConfig(
-            model_id=str(model), device="cpu", default_adapter_source="local", num_blocks=600, max_batch_size=72
+            model_id=str(model),
+            device="cpu",
+            default_adapter_source="local",
+            num_blocks=600,
+            max_batch_size=72,
         )
         built = build_engine(config, model, lambda line: None)
         self._runner, self._manager = built.core._runner, built.core.adapters
@@ -44,7 +48,9 @@ class Engines:
         self._loaded = threading.Event()
         self._manager.set_wakeup(self._loaded.set)
 
-    def core(self, max_batch_tokens: int, chunked_prefill: bool = True, prefix_caching: bool = True) -> EngineCore:
+    def core(
+        self, max_batch_tokens: int, chunked_prefill: bool = True, prefix_caching: bool = True
+    ) -> EngineCore:
         settings = SchedulerSettings(
             num_blocks=self._runner.num_blocks,
             block_size=16,
@@ -135,7 +141,9 @@ def test_every_adapter_alone_equals_the_reference(
 def test_one_mixed_batch_of_all_adapters_equals_the_reference_with_cold_and_warm_prefix_cache(
     engines: Engines, check: Callable[..., list[Answer]], questions: list[tuple[str, int]]
 ) -> None:
-    core = engines.core(max_batch_tokens=100)  # prompts of 37 tokens and more are split, and mixed with decoding
+    core = engines.core(
+        max_batch_tokens=100
+    )  # prompts of 37 tokens and more are split, and mixed with decoding
     check(core, questions)
     before = core.stats().cached_prompt_tokens
     warm = check(core, questions)

@@ -30,7 +30,12 @@ ADAPTERS: tuple[dict[str, Any], ...] = (
     {"rank": 16, "targets": ("v_proj", "lm_head")},
     {"rank": 33, "targets": ("lm_head",)},
     {"rank": 64, "targets": (*ATTENTION, *MLP, "lm_head")},
-    {"rank": 5, "targets": ("down_proj", "up_proj"), "rank_pattern": {"up_proj": 9}, "alpha_pattern": {"up_proj": 3}},
+    {
+        "rank": 5,
+        "targets": ("down_proj", "up_proj"),
+        "rank_pattern": {"up_proj": 9},
+        "alpha_pattern": {"up_proj": 3},
+    },
 )
 MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama", {"num_key_value_heads": 2}),
@@ -39,7 +44,15 @@ MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mistral", {"sliding_window": 7}),
     ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     ("qwen2", {}),
-    ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    (
+        "qwen2",
+        {
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
     ("qwen3", {"tie_word_embeddings": True}),
     ("qwen3", {"num_key_value_heads": 1, "head_dim": 32}),
 )
@@ -52,7 +65,9 @@ class PeftReference:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32, attn_implementation="eager"
+        )
         self._model = model.eval()
         for name, folder in adapters.items():
             if isinstance(self._model, PeftModel):
@@ -72,7 +87,9 @@ class PeftReference:
             return self._model(torch.tensor([ids])).logits[0]
 
 
-@pytest.mark.parametrize(("architecture", "options"), MODELS, ids=[f"{a}-{i}" for i, (a, _) in enumerate(MODELS)])
+@pytest.mark.parametrize(
+    ("architecture", "options"), MODELS, ids=[f"{a}-{i}" for i, (a, _) in enumerate(MODELS)]
+)
 def test_logits_of_a_mixed_batch_equal_peft_for_every_architecture(
     architecture: str,
     options: dict[str, Any],
@@ -81,11 +98,14 @@ def test_logits_of_a_mixed_batch_equal_peft_for_every_architecture(
 ) -> None:
     model_path = tiny_model_path(architecture, **options)
     folders = {
-        f"adapter{index}": tiny_adapter(model_path, seed=index, **adapter) for index, adapter in enumerate(ADAPTERS)
+        f"adapter{index}": tiny_adapter(model_path, seed=index, **adapter)
+        for index, adapter in enumerate(ADAPTERS)
     }
     reference = PeftReference(model_path, folders)
     driver = ModelDriver(model_path, adapter_pages=64)
-    slots: dict[str | None, int] = {None: -1} | {name: driver.add_adapter(path) for name, path in folders.items()}
+    slots: dict[str | None, int] = {None: -1} | {
+        name: driver.add_adapter(path) for name, path in folders.items()
+    }
     worst = _worst_difference(driver, reference, slots, random.Random(architecture + str(options)))
     assert worst < TOLERANCE
 
@@ -154,7 +174,9 @@ def test_logits_equal_transformers_for_every_rope_type(
     assert float((driver.last_logits[seq.handle] - expected).abs().max()) < TOLERANCE
 
 
-def test_a_sharded_checkpoint_gives_the_same_logits(tiny_model_path: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_gives_the_same_logits(
+    tiny_model_path: Callable[..., Path], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model_path = tiny_model_path("llama")

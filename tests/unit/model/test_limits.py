@@ -33,7 +33,9 @@ def test_open_limits_follow_the_model_and_the_device(model: ModelConfig) -> None
     assert resolve_limits(ServerConfig(), model, on_cuda=False) == Limits(511, 512, 64, 512)
     long = replace(model, max_position_embeddings=100_000)
     assert resolve_limits(ServerConfig(), long, on_cuda=True) == Limits(4095, 4096, 256, 8192)
-    assert resolve_limits(ServerConfig(max_total_tokens=50_000), long, on_cuda=True).max_input_length == 49_999
+    assert (
+        resolve_limits(ServerConfig(max_total_tokens=50_000), long, on_cuda=True).max_input_length == 49_999
+    )
 
 
 def test_without_chunked_prefill_a_step_holds_the_longest_prompt(model: ModelConfig) -> None:

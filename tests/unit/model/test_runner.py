@@ -124,7 +124,10 @@ def test_a_step_in_which_nothing_samples_returns_nothing(driver: ModelDriver) ->
 
 def test_logprobs_come_only_to_those_who_asked(driver: ModelDriver) -> None:
     asked = (None, 0, 3)
-    seqs = [driver.add(prompt(i), sampling=SamplingParams(max_new_tokens=5, top_logprobs=n)) for i, n in enumerate(asked)]
+    seqs = [
+        driver.add(prompt(i), sampling=SamplingParams(max_new_tokens=5, top_logprobs=n))
+        for i, n in enumerate(asked)
+    ]
     result = driver.runner.launch(driver.batch([(seq, 12) for seq in seqs])).result()
     assert [value is None for value in result.logprobs] == [True, False, False]
     assert result.top_logprobs[0] is None
@@ -145,7 +148,9 @@ def test_a_batch_that_fails_leaves_the_runner_usable(driver: ModelDriver) -> Non
     assert driver.generate([again], 3)[again.handle] == expected
 
 
-def test_random_weights_run_from_the_config_alone(tiny_model_path: Callable[..., Path], tmp_path: Path) -> None:
+def test_random_weights_run_from_the_config_alone(
+    tiny_model_path: Callable[..., Path], tmp_path: Path
+) -> None:
     source = tiny_model_path("qwen3")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     driver = ModelDriver(tmp_path, load_format="dummy", seed=5)
@@ -163,7 +168,11 @@ def test_the_engine_is_told_what_was_made_of_the_configuration(driver: ModelDriv
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"attention": "triton"}, "attention"), ({"lora_kernels": "triton"}, "lora_kernels"), ({"block_size": 0}, "block_size")],
+    [
+        ({"attention": "triton"}, "attention"),
+        ({"lora_kernels": "triton"}, "lora_kernels"),
+        ({"block_size": 0}, "block_size"),
+    ],
 )
 def test_options_that_cannot_be_had_are_named(
     options: dict[str, object], word: str, tiny_model_path: Callable[..., Path]

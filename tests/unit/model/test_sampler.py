@@ -38,7 +38,9 @@ def cut(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> list[int]:
 
 
 def random_inputs(rows: list[int], temperature: list[float], uniform: list[float]) -> RandomInputs:
-    return RandomInputs(torch.tensor(rows), torch.tensor(temperature)[:, None], torch.tensor(uniform)[:, None])
+    return RandomInputs(
+        torch.tensor(rows), torch.tensor(temperature)[:, None], torch.tensor(uniform)[:, None]
+    )
 
 
 def test_greedy_rows_take_the_best_logit() -> None:
@@ -53,7 +55,9 @@ def test_top_k_keeps_the_k_best_and_every_tie_of_the_last() -> None:
     assert cut(logits, top_k=4) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.05, [2]), (0.49, [2]), (0.51, [0, 2]), (0.79, [0, 2]), (0.81, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.05, [2]), (0.49, [2]), (0.51, [0, 2]), (0.79, [0, 2]), (0.81, [0, 1, 2])]
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one(top_p: float, kept: list[int]) -> None:
     logits = torch.log(logits_of([0.3, 0.15, 0.5, 0.05]))
     assert cut(logits, top_p=top_p) == kept
@@ -87,7 +91,12 @@ def test_truncating_a_row_does_not_depend_on_the_other_rows() -> None:
     together = truncate(logits.clone(), top_k, top_p, None)
     for row in range(6):
         k = int(top_k[row])
-        alone = truncate(logits[row : row + 1].clone(), top_k[row : row + 1], top_p[row : row + 1], k if k < VOCAB else None)
+        alone = truncate(
+            logits[row : row + 1].clone(),
+            top_k[row : row + 1],
+            top_p[row : row + 1],
+            k if k < VOCAB else None,
+        )
         assert torch.equal(torch.isinf(alone[0]), torch.isinf(together[row])), row
 
 
@@ -148,12 +157,16 @@ def test_rows_with_nan_or_infinite_logits_get_valid_ids_and_hurt_no_other_row() 
     rows = list(range(5))
     for temperature in (0.001, 1.0, 100.0):
         inputs = SamplingInputs(
-            random=random_inputs(rows, [temperature] * 5, [0.3] * 5), logprob_rows=torch.tensor(rows), num_top_logprobs=2
+            random=random_inputs(rows, [temperature] * 5, [0.3] * 5),
+            logprob_rows=torch.tensor(rows),
+            num_top_logprobs=2,
         )
         drawn = sample(logits.clone(), inputs)
         assert all(0 <= token < VOCAB for token in drawn.ids.tolist())
         assert drawn.ids[2] == 9
-        clean = SamplingInputs(random=random_inputs([0, 1], [temperature] * 2, [0.3] * 2), logprob_rows=torch.tensor([0, 1]))
+        clean = SamplingInputs(
+            random=random_inputs([0, 1], [temperature] * 2, [0.3] * 2), logprob_rows=torch.tensor([0, 1])
+        )
         expected = sample(healthy.clone(), clean)
         assert drawn.ids[[0, 4]].tolist() == expected.ids.tolist()
         assert expected.logprobs is not None

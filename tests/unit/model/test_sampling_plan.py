@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lorax_backend.model.sampling_plan import SamplingPlanner, uniform_number
 from lorax_backend.model.sampler import SamplingInputs, sample
+from lorax_backend.model.sampling_plan import SamplingPlanner, uniform_number
 from lorax_backend.scheduler.sequence import ScheduledSequence, Sequence
 from lorax_backend.types import SamplingParams
 
@@ -21,14 +21,21 @@ def planner() -> SamplingPlanner:
 
 
 def scheduled(
-    params: SamplingParams, prompt: list[int], generated: list[int], slot: int = 0, handle: int = 1, in_flight: int = 0
+    params: SamplingParams,
+    prompt: list[int],
+    generated: list[int],
+    slot: int = 0,
+    handle: int = 1,
+    in_flight: int = 0,
 ) -> ScheduledSequence:
     seq = Sequence(handle, len(prompt), params, None, 0, 0.0, token_ids=[*prompt, *generated], slot=slot)
     index = len(generated) + in_flight
     return ScheduledSequence(seq, len(seq.token_ids) + in_flight - 1, 1, sample=True, generated_index=index)
 
 
-def plan(made: SamplingPlanner, items: list[ScheduledSequence], last: list[int] | None = None) -> SamplingInputs:
+def plan(
+    made: SamplingPlanner, items: list[ScheduledSequence], last: list[int] | None = None
+) -> SamplingInputs:
     return made.plan(items, torch.tensor(last or [0] * 4), torch.from_numpy)
 
 
@@ -87,7 +94,9 @@ def penalised(**changes: float) -> SamplingParams:
     return SamplingParams(max_new_tokens=9, **({"repetition_penalty": 1.5} | changes))
 
 
-def occurrences(made: SamplingPlanner, item: ScheduledSequence, last: list[int] | None = None) -> dict[int, int]:
+def occurrences(
+    made: SamplingPlanner, item: ScheduledSequence, last: list[int] | None = None
+) -> dict[int, int]:
     inputs = plan(made, [item], last)
     assert inputs.penalties is not None
     row = inputs.penalties.occurrences[0]

@@ -22,7 +22,9 @@ def folder(tiny_model_path: Callable[..., Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model_path("qwen2"), tmp_path / "model"))
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, progress: Callable[[str], None] | None = None) -> ModelWeights:
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32, progress: Callable[[str], None] | None = None
+) -> ModelWeights:
     return load_weights(folder, ModelConfig.from_folder(folder), dtype, CPU, progress)
 
 
@@ -82,7 +84,9 @@ def test_every_problem_of_a_checkpoint_is_listed_at_once(folder: Path) -> None:
     assert "model.norm.weight is [7], the config says [64]" in text
 
 
-def test_tensors_that_can_be_derived_are_not_unexpected(tiny_model_path: Callable[..., Path], tmp_path: Path) -> None:
+def test_tensors_that_can_be_derived_are_not_unexpected(
+    tiny_model_path: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny_model_path("llama", tie_word_embeddings=True), tmp_path / "model"))
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -106,16 +110,20 @@ def test_missing_weight_files_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="no safetensors weights found"):
         load(folder)
     (folder / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match="convert its .bin files"):
+    with pytest.raises(ValueError, match=r"convert its \.bin files"):
         load(folder)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
     with pytest.raises(ValueError, match="model-00001-of-00002"):
         load(folder)
 
 
 def test_weights_are_converted_to_the_dtype_asked_for(folder: Path) -> None:
     weights = load(folder, torch.bfloat16)
-    assert {weights.embedding.dtype, weights.norm.dtype, weights.layers[0].down.weight.dtype} == {torch.bfloat16}  # type: ignore[union-attr]
+    down = weights.layers[0].down.weight
+    assert down is not None
+    assert {weights.embedding.dtype, weights.norm.dtype, down.dtype} == {torch.bfloat16}
     assert weights.nbytes == load(folder).nbytes // 2
 
 
