@@ -46,8 +46,8 @@ class LiveRequest:
     """
 
     __slots__ = (
-        "builder", "channel", "ended", "error", "first_token_at", "handle", "max_new_tokens", "pending", "queue_s",
-        "queued", "received_at", "request", "request_id", "sender", "validated_at", "wake_on_token",
+        "builder", "channel", "ended", "error", "first_token_at", "handle", "pending", "queue_s", "queued",
+        "received_at", "request", "request_id", "sender", "validated_at", "wake_on_token",
     )  # fmt: skip
 
     def __init__(self, handle: int, request_id: str, channel: ResponseChannel, sender: Sender) -> None:
@@ -57,7 +57,6 @@ class LiveRequest:
         self.sender = sender
         self.request: GenerateRequest | None = None
         self.builder: AnswerBuilder | None = None
-        self.max_new_tokens = 0
         self.received_at = time.monotonic()
         self.validated_at: float | None = None
         self.first_token_at: float | None = None
