@@ -1,0 +1,39 @@
+"""Base models of two shapes for adapters to fit: SmolLM2's, and a tiny one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import SMOLLM2, TINY, Base, lora_config, lora_tensors, make_base, write_adapter
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return make_base(tmp_path_factory.mktemp("smollm2"), SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return make_base(tmp_path_factory.mktemp("tiny"), TINY)
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path, tiny: Base) -> Callable[..., Path]:
+    """`make_adapter(name, modules, rank, seed, tensors=..., **config changes)` -> folder of an adapter for `tiny`."""
+
+    def make(
+        name: str = "adapter",
+        modules: tuple[str, ...] = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"),
+        rank: int = 4,
+        seed: int = 0,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        **changes: Any,
+    ) -> Path:
+        made = lora_tensors(tiny.targets, modules, rank, seed) if tensors is None else tensors
+        return write_adapter(tmp_path / name, lora_config(modules, rank, **changes), made)
+
+    return make
