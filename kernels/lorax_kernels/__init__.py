@@ -8,9 +8,13 @@ from lorax_kernels.dispatch import (
     add_lora,
     bgmv_expand,
     bgmv_shrink,
+    lora_linear,
     paged_attention,
+    rms_norm,
+    rope_and_cache,
     sgmv_expand,
     sgmv_shrink,
+    silu_mul,
     write_kv,
 )
 from lorax_kernels.layout import PAGE_RANK, LoraSite, PageLayout, pages_for_rank
@@ -28,9 +32,13 @@ __all__ = [
     "add_lora",
     "bgmv_expand",
     "bgmv_shrink",
+    "lora_linear",
     "paged_attention",
     "pages_for_rank",
+    "rms_norm",
+    "rope_and_cache",
     "sgmv_expand",
     "sgmv_shrink",
+    "silu_mul",
     "write_kv",
 ]

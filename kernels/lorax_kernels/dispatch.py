@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from lorax_kernels import attention_reference, reference
+from lorax_kernels import attention_reference, fused_reference, reference
 from lorax_kernels.metadata import AttentionBatch, LoraBatch
 
 
@@ -32,6 +33,34 @@ def add_lora(
         lora_triton.add_lora(x, a, b, batch, out, out_slices)
     else:
         reference.add_lora(x, a, b, batch, out, out_slices)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    layer: tuple[torch.Tensor, torch.Tensor | None],
+    weights: tuple[torch.Tensor, torch.Tensor],
+    batch: LoraBatch,
+    out_slices: tuple[int, ...],
+) -> torch.Tensor:
+    """A base layer with the adapters' deltas: the sum of `F.linear(x, *layer)` and what `add_lora` adds.
+
+    Args:
+        x: [T, in].
+        layer: the base layer's weight [out, in] and bias [out] or None.
+        weights: the site's A [P, S, 8, in] and B [P, 8, out].
+        batch: the rows with adapters.
+        out_slices: widths of the S fused layers, summing to `out`.
+
+    Returns:
+        [T, out].
+    """
+    if x.is_cuda:
+        from lorax_kernels import lora_triton
+
+        return lora_triton.linear(x, layer, weights, batch, out_slices)
+    out = F.linear(x, *layer)
+    reference.add_lora(x, *weights, batch, out, out_slices)
+    return out
 
 
 def bgmv_shrink(x: torch.Tensor, a: torch.Tensor, batch: LoraBatch) -> torch.Tensor:
@@ -87,3 +116,40 @@ def paged_attention(
 
         return attention_triton.paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
     return attention_reference.paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm of x [T, width], or of x + residual; see `fused_reference.rms_norm`."""
+    if x.is_cuda:
+        from lorax_kernels import fused_triton
+
+        return fused_triton.rms_norm(x, weight, eps, residual)
+    return fused_reference.rms_norm(x, weight, eps, residual)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for `gate_up` [T, 2 * width] with gate in the left half -> [T, width]."""
+    if gate_up.is_cuda:
+        from lorax_kernels import fused_triton
+
+        return fused_triton.silu_mul(gate_up)
+    return fused_reference.silu_mul(gate_up)
+
+
+def rope_and_cache(
+    qkv: torch.Tensor,
+    heads: tuple[int, int],
+    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    slot_mapping: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`."""
+    if qkv.is_cuda:
+        from lorax_kernels import fused_triton
+
+        return fused_triton.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)
+    return fused_reference.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)

@@ -3,13 +3,16 @@
 Sections, in this order (capacities in `WorkCapacity`):
 
     header [8]               row blocks, shrink units, rows, 0...
+    blocks [blocks, 8]       first position in `rows`, rows, first position in `pages`, pages, first token row,
+                             first page, second page (or the first again), 0
+    units  [units, 8]        first page, first position in `rows`, rows, ordinal of the first page, first token row,
+                             first position in `pages`, pages of the adapter, 0
     rows   [rows]            token rows grouped by adapter
-    blocks [blocks, 4]       first position in `rows`, rows, first position in `pages`, pages
-    units  [units, 2]        row block, first page of it: a unit is a row block times one page group
     pages  [pages]           page numbers, adapter by adapter
 
-A row block is at most `block_rows` rows of one adapter. Kernels take their loop bounds from the header, so that a
-captured graph runs any batch whose token count fits.
+A row block is at most `block_rows` rows of one adapter; a unit is a row block times one group of its adapter's pages.
+A record repeats what its list entries say, because a program that follows indices through memory waits at each of them.
+Kernels take their loop bounds from the header, so that a captured graph runs any batch whose token count fits.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 HEADER = 8
+RECORD = 8
 DECODE_MAX_TOKENS = 256
 """Up to this many token rows a batch counts as decode: small row blocks, one page a unit."""
 
@@ -37,20 +41,20 @@ class WorkCapacity:
     pages: int
 
     @property
-    def rows_at(self) -> int:
+    def blocks_at(self) -> int:
         return HEADER
 
     @property
-    def blocks_at(self) -> int:
-        return _align4(self.rows_at + self.rows)
+    def units_at(self) -> int:
+        return self.blocks_at + RECORD * self.blocks
 
     @property
-    def units_at(self) -> int:
-        return self.blocks_at + 4 * self.blocks
+    def rows_at(self) -> int:
+        return self.units_at + RECORD * self.units
 
     @property
     def pages_at(self) -> int:
-        return self.units_at + 2 * self.units
+        return self.rows_at + self.rows
 
     @property
     def size(self) -> int:
@@ -142,17 +146,24 @@ def build_work(
     block_index = np.arange(block_segment.size) - np.repeat(
         np.cumsum(segment_blocks) - segment_blocks, segment_blocks
     )
-    blocks = np.empty((block_segment.size, 4), dtype=np.int32)
+    page_starts = np.cumsum(num_pages) - num_pages
+    blocks = np.zeros((block_segment.size, RECORD), dtype=np.int32)
     blocks[:, 0] = starts[block_segment] + block_index * shape.block_rows
     blocks[:, 1] = np.minimum(shape.block_rows, counts[block_segment] - block_index * shape.block_rows)
-    blocks[:, 2] = (np.cumsum(num_pages) - num_pages)[block_segment]
+    blocks[:, 2] = page_starts[block_segment]
     blocks[:, 3] = num_pages[block_segment]
+    blocks[:, 4] = rows[blocks[:, 0]]
+    blocks[:, 5] = pages[blocks[:, 2]]
+    blocks[:, 6] = pages[blocks[:, 2] + (blocks[:, 3] > 1)]
     block_units = -(-blocks[:, 3] // shape.unit_pages)
-    units = np.empty((int(block_units.sum()), 2), dtype=np.int32)
-    units[:, 0] = np.repeat(np.arange(blocks.shape[0]), block_units)
-    units[:, 1] = (
-        np.arange(units.shape[0]) - np.repeat(np.cumsum(block_units) - block_units, block_units)
-    ) * shape.unit_pages
+    units = np.zeros((int(block_units.sum()), RECORD), dtype=np.int32)
+    unit_block = np.repeat(np.arange(blocks.shape[0]), block_units)
+    ordinal = np.arange(unit_block.size) - np.repeat(np.cumsum(block_units) - block_units, block_units)
+    units[:, 1:3] = blocks[unit_block, 0:2]
+    units[:, 3] = ordinal * shape.unit_pages
+    units[:, 4] = blocks[unit_block, 4]
+    units[:, 5:7] = blocks[unit_block, 2:4]
+    units[:, 0] = pages[units[:, 5] + units[:, 3]]
     if buffer is not None:
         capacity, host, data = buffer.capacity, buffer.host(), buffer.data
     else:
@@ -180,7 +191,3 @@ def build_work(
         num_units=units.shape[0],
         fixed=buffer is not None,
     )
-
-
-def _align4(entries: int) -> int:
-    return -(-entries // 4) * 4
