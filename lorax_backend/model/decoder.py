@@ -11,15 +11,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lorax_backend.model.attention import attend
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.kv_cache import KvCache
-from lorax_backend.model.layers import Linear, apply_rope, doubled_rope, rms_norm, rope_tables, silu_mul
+from lorax_backend.model.layers import Linear, doubled_rope, rope_tables
 from lorax_backend.model.lora import LM_HEAD
 from lorax_backend.model.weights import LayerWeights, ModelWeights
-from lorax_kernels import LoraBatch, add_lora
-from lorax_kernels.layout import PageLayout
-from lorax_kernels.metadata import AttentionBatch
+from lorax_kernels import (
+    AttentionBatch,
+    LoraBatch,
+    PageLayout,
+    add_lora,
+    lora_linear,
+    paged_attention,
+    rms_norm,
+    rope_and_cache,
+    silu_mul,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +42,20 @@ class LoraBatches:
 class LoraSiteView:
     """One site of the adapter arena: where its A and B lie, and its output slices."""
 
-    __slots__ = ("a", "b", "out_slices")
+    __slots__ = ("out_slices", "weights")
 
     def __init__(self, layout: PageLayout, pages: torch.Tensor, key: str) -> None:
-        self.a = layout.a_view(pages, key)
-        self.b = layout.b_view(pages, key)
+        self.weights = layout.a_view(pages, key), layout.b_view(pages, key)
         self.out_slices = layout.sites[key].out_slices
 
     def project(self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None) -> torch.Tensor:
         """linear(x), plus the adapters' deltas of the rows in `batch`; x [T, in] -> [T, out]."""
+        if batch is None:
+            return linear(x)
+        if linear.weight is not None:
+            return lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices)
         out = linear(x)
-        if batch is not None:
-            add_lora(x, self.a, self.b, batch, out, self.out_slices)
+        add_lora(x, *self.weights, batch, out, self.out_slices)
         return out
 
 
@@ -64,8 +73,8 @@ class Decoder:
         self.config = config
         self.weights = weights
         device = weights.embedding.device
-        cos, sin = rope_tables(config.rope, config.head_dim, max_positions)
-        self._cos, self._sin = (table.to(device) for table in doubled_rope(cos, sin))
+        cos, sin = doubled_rope(*rope_tables(config.rope, config.head_dim, max_positions))
+        self._cos, self._sin = cos.to(device), sin.to(device)
         self._scale = config.head_dim**-0.5
         self._sites = [
             {
@@ -93,50 +102,45 @@ class Decoder:
         Returns:
             [T, hidden], before the last norm.
         """
+        eps = self.config.rms_norm_eps
         x = F.embedding(input_ids, self.weights.embedding)
-        cos = self._cos.index_select(0, positions)
-        sin = self._sin.index_select(0, positions)
+        delta: torch.Tensor | None = None  # what the last block adds to x; the next norm adds it on the way
         for index, layer in enumerate(self.weights.layers):
-            x = self._layer(index, layer, x, (cos, sin), attention, lora, cache)
-        return x
+            sites = self._sites[index]
+            normed, x = rms_norm(x, layer.input_norm, eps, delta)
+            qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
+            attended = self._attend(index, layer, qkv, positions, attention, cache)
+            delta = sites["o"].project(layer.o, attended, lora.o)
+            normed, x = rms_norm(x, layer.post_norm, eps, delta)
+            gate_up = sites["gate_up"].project(layer.gate_up, normed, lora.gate_up)
+            delta = sites["down"].project(layer.down, silu_mul(gate_up), lora.down)
+        return x if delta is None else x + delta
 
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
         """Last norm and language model head: hidden [R, hidden] of the rows that sample -> [R, vocab]."""
-        x = rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
-        return self._head_site.project(self.weights.lm_head, x, lora)
+        normed, _ = rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+        return self._head_site.project(self.weights.lm_head, normed, lora)
 
-    def _layer(
+    def _attend(
         self,
         index: int,
         layer: LayerWeights,
-        x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
         attention: AttentionBatch,
-        lora: LoraBatches,
         cache: KvCache,
     ) -> torch.Tensor:
-        config, sites = self.config, self._sites[index]
-        qkv = sites["qkv"].project(layer.qkv, rms_norm(x, layer.input_norm, config.rms_norm_eps), lora.qkv)
-        q, k, v = self._heads(layer, qkv, rope)
-        window = config.layer_windows[index]
-        attended = attend((q, k, v), (cache.keys[index], cache.values[index]), attention, self._scale, window)
-        x = x + sites["o"].project(layer.o, attended, lora.o)
-        gate_up = sites["gate_up"].project(
-            layer.gate_up, rms_norm(x, layer.post_norm, config.rms_norm_eps), lora.gate_up
-        )
-        return x + sites["down"].project(layer.down, silu_mul(gate_up), lora.down)
-
-    def _heads(
-        self, layer: LayerWeights, qkv: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Split [T, q + 2 kv] into q, k, v [T, heads, head_dim]; q and k normed where the family does, and rotated."""
+        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q]. Stores the step's keys and values."""
         config = self.config
-        heads = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        qk = heads[:, : config.num_heads + config.num_kv_heads]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(qk[:, : config.num_heads], layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(qk[:, config.num_heads :], layer.k_norm, config.rms_norm_eps)
-            qk = torch.cat((q, k), 1)
-        qk = apply_rope(qk, *rope)
-        v = heads[:, config.num_heads + config.num_kv_heads :]
-        return qk[:, : config.num_heads], qk[:, config.num_heads :], v
+        layer_cache = cache.keys[index], cache.values[index]
+        queries = rope_and_cache(
+            qkv,
+            (config.num_heads, config.num_kv_heads),
+            (positions, self._cos, self._sin),
+            layer_cache,
+            attention.slot_mapping,
+            layer.qk_norms,
+            config.rms_norm_eps,
+        )
+        out = paged_attention(queries, *layer_cache, attention, self._scale, config.layer_windows[index])
+        return out.view(out.shape[0], config.q_size)

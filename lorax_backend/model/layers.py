@@ -1,7 +1,4 @@
-"""Building blocks of the decoder: linear layers, RMSNorm, rotary embedding, gated SiLU.
-
-Everything works on flat tokens: the first dimension is T, the tokens of all sequences of a step.
-"""
+"""Building blocks of the decoder that are not kernels: linear layers and the tables of the rotary embedding."""
 
 from __future__ import annotations
 
@@ -77,19 +74,6 @@ def _packing_works() -> bool:
         return False
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension, in float32 whatever the dtype of x (Zhang and Sennrich, 2019)."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for `gate_up` [T, 2 * width] with gate in the left half -> [T, width]."""
-    width = gate_up.shape[-1] // 2
-    return F.silu(gate_up[:, :width]).mul_(gate_up[:, width:])
-
-
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
     """Angular frequencies [head_dim / 2] in radians a token, float32, and the factor on cos and sin.
 
@@ -115,17 +99,8 @@ def rope_tables(rope: RopeConfig, head_dim: int, length: int) -> tuple[torch.Ten
     return angles.cos() * factor, angles.sin() * factor
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [T, heads, head_dim]; the pairs are (i, i + head_dim / 2). cos and sin are [T, 1, head_dim], doubled as
-    by `doubled_rope`."""
-    wide = x.to(cos.dtype)
-    rotated = wide * cos
-    rotated.addcmul_(torch.roll(wide, x.shape[-1] // 2, -1), sin)
-    return rotated.to(x.dtype)
-
-
 def doubled_rope(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables [length, head_dim / 2] -> [length, 1, head_dim] as `apply_rope` takes them: (cos, cos) and (-sin, sin)."""
+    """Tables [length, head_dim / 2] -> [length, 1, head_dim] as the kernels take them: (cos, cos) and (-sin, sin)."""
     return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
 

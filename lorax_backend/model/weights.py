@@ -24,12 +24,12 @@ _DUMMY_STD = 0.02
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One decoder layer. Norm weights are [hidden]; q_norm and k_norm [head_dim], where the family has them."""
+    """One decoder layer. Norm weights are [hidden]; qk_norms, of queries and keys, [head_dim] where the family has
+    them."""
 
     input_norm: torch.Tensor
     qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    qk_norms: tuple[torch.Tensor, torch.Tensor] | None
     o: Linear
     post_norm: torch.Tensor
     gate_up: Linear
@@ -85,8 +85,12 @@ def allocate_weights(
             qkv=linear(
                 attention, ("q_proj", "k_proj", "v_proj"), (q, kv, kv), (hidden, config.attention_bias)
             ),
-            q_norm=vector(attention + "q_norm.weight", config.head_dim) if config.qk_norm else None,
-            k_norm=vector(attention + "k_norm.weight", config.head_dim) if config.qk_norm else None,
+            qk_norms=(
+                vector(attention + "q_norm.weight", config.head_dim),
+                vector(attention + "k_norm.weight", config.head_dim),
+            )
+            if config.qk_norm
+            else None,
             o=linear(attention, ("o_proj",), (hidden,), (q, config.o_bias)),
             post_norm=vector(prefix + "post_attention_layernorm.weight", hidden),
             gate_up=linear(mlp, ("gate_proj", "up_proj"), (wide, wide), (hidden, config.mlp_bias)),
