@@ -14,6 +14,7 @@ from lorax_triton.errors import (
     RequestCancelledError,
     RequestTimeoutError,
     ServerConnectionError,
+    code_of_text,
     error_from_grpc,
     find_error_payload,
 )
@@ -24,20 +25,6 @@ READY_METHOD = "/inference.GRPCInferenceService/ModelReady"
 # Wait for the stream's own end, after the last response, before it is cancelled instead.
 END_TIMEOUT_S = 1.0
 _FIRST_PAUSE_S = 0.1
-# What Triton itself says with the status UNAVAILABLE; everything else with it comes from gRPC and the network.
-_TRITON_UNAVAILABLE = (
-    "available versions",
-    "server is stopping",
-    "server exiting",
-    "stub process",
-    "protocol is restricted",
-    "maximum queue size",
-    "timeout expired",
-    "ready state",
-    "not ready",
-)
-# Long errors travel in trailers, which gRPC would cut off at 8 KiB.
-_MAX_TRAILER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +82,6 @@ class ChannelConfig:
         options: list[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_metadata_size", _MAX_TRAILER_BYTES),
-            ("grpc.absolute_max_metadata_size", _MAX_TRAILER_BYTES),
             # A new channel must make new connections, not share the broken one's back-off.
             ("grpc.use_local_subchannel_pool", 1),
             # gRPC takes this as the time limit of one connection attempt.
@@ -132,9 +117,8 @@ def make_metadata(
     headers: Mapping[str, str] | None, cookies: Mapping[str, str] | None
 ) -> tuple[tuple[str, str], ...]:
     """Headers and cookies as gRPC metadata; keys become lower case, as the protocol demands."""
-    # Without this Triton reports errors without a status code.
-    metadata = [("triton_grpc_error", "true")]
-    metadata += [(key.lower(), value) for key, value in (headers or {}).items()]
+    # Not `triton_grpc_error`, which asks for errors as status codes: under load it brings servers before 26.04 down.
+    metadata = [(key.lower(), value) for key, value in (headers or {}).items()]
     if cookies:
         metadata.append(("cookie", "; ".join(f"{name}={value}" for name, value in cookies.items())))
     return tuple(metadata)
@@ -152,11 +136,9 @@ def bearer_token(headers: Mapping[str, str] | None) -> str | None:
 def connection_lost(code: str, details: str) -> bool:
     """True if a call ended because of the connection, not by an answer of the server's.
 
-    Both end with UNAVAILABLE; only the words tell them apart.
+    Both may end with UNAVAILABLE; only the words tell them apart.
     """
-    if code != "UNAVAILABLE" or find_error_payload(details) is not None:
-        return False
-    return not any(words in details.lower() for words in _TRITON_UNAVAILABLE)
+    return code == "UNAVAILABLE" and find_error_payload(details) is None and code_of_text(details) is None
 
 
 def error_of_call(code: str, details: str, config: ChannelConfig, request_id: str) -> LoraxError:

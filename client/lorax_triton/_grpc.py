@@ -206,7 +206,7 @@ class GrpcStream:
         pause = retry_pause(self._attempt)
         in_time = limit is None or time.monotonic() + pause < limit
         if self._started or self._retries_left == 0 or not in_time or not connection_lost(code, details):
-            raise error_of_call(code, details, self._transport.config, self._request_id)
+            raise error_of_call(code, details, self._transport.config, self._request_id) from None
         logger.debug("request %s: %s; trying again in %s s", self._request_id, details, pause)
         self._retries_left -= 1
         self._attempt += 1

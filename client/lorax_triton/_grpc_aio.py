@@ -220,7 +220,7 @@ class AsyncGrpcStream:
             raise cancelled_here(self._request_id)
         if self._started or self._retries_left == 0 or not lost:
             self._ended = True
-            raise error_of_call(code, details, self._transport.config, self._request_id)
+            raise error_of_call(code, details, self._transport.config, self._request_id) from None
         pause = retry_pause(self._attempt)
         logger.debug("request %s: %s; trying again in %s s", self._request_id, details, pause)
         self._retries_left -= 1

@@ -15,6 +15,21 @@ from lorax_triton.errors import LoraxError
 from lorax_triton.types import Response, StreamResponse
 
 
+def finish(source: ResponseStream) -> None:
+    """After a request's last response: let its call end by itself, for a moment, so that the server does not take a
+    finished request for a cancelled one."""
+    with contextlib.suppress(LoraxError):
+        source.receive(END_TIMEOUT_S)
+    source.cancel()
+
+
+async def finish_async(source: AsyncResponseStream) -> None:
+    """`finish` for an event loop."""
+    with contextlib.suppress(LoraxError):
+        await source.receive(END_TIMEOUT_S)
+    source.cancel()
+
+
 class TokenStream:
     """Iterator over the tokens of one answer. One thread at a time iterates; any thread may call `cancel`.
 
@@ -88,19 +103,16 @@ class TokenStream:
         self.cancel()
 
     def _end(self) -> None:
-        # Let the call end by itself, so that the server does not count a finished request as cancelled.
-        self._closed = True
-        with contextlib.suppress(LoraxError):
-            self._source.receive(END_TIMEOUT_S)
-        self._source.cancel()
+        if not self._closed:
+            self._closed = True
+            finish(self._source)
 
     def _fail(self, error: LoraxError) -> None:
         error.request_id = self.request_id
         if isinstance(error, TimeoutError | ConnectionError):
             self.cancel()
         else:
-            self._closed = True
-            self._source.cancel()
+            self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +169,7 @@ class AsyncTokenStream:
             try:
                 self._ready.extend(self._decoder.feed(await self._source.receive(self._timeout)))
             except LoraxError as error:
-                self._fail(error)
+                await self._fail(error)
                 raise
             except BaseException:
                 self.cancel()
@@ -188,19 +200,16 @@ class AsyncTokenStream:
         self.cancel()
 
     async def _end(self) -> None:
-        # Let the call end by itself, so that the server does not count a finished request as cancelled.
-        self._closed = True
-        with contextlib.suppress(LoraxError):
-            await self._source.receive(END_TIMEOUT_S)
-        self._source.cancel()
+        if not self._closed:
+            self._closed = True
+            await finish_async(self._source)
 
-    def _fail(self, error: LoraxError) -> None:
+    async def _fail(self, error: LoraxError) -> None:
         error.request_id = self.request_id
         if isinstance(error, TimeoutError | ConnectionError):
             self.cancel()
         else:
-            self._closed = True
-            self._source.cancel()
+            await self._end()
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from typing import Any, Self
 from lorax_triton._base import CANCEL_TIMEOUT_S, DEFAULT_TIMEOUT_S, ClientBase
 from lorax_triton._channel import Tls
 from lorax_triton._grpc_aio import AsyncGrpcTransport, running_loop
-from lorax_triton._stream import AsyncTokenStream
+from lorax_triton._stream import AsyncTokenStream, finish_async
 from lorax_triton._transport import AsyncTransport
 from lorax_triton._wire import decode_control
 from lorax_triton.errors import LoraxError
@@ -258,7 +258,7 @@ class AsyncClient(ClientBase):
         try:
             return decode_control(await source.receive(self.timeout), request.request_id)
         finally:
-            source.cancel()
+            await finish_async(source)
 
     def _cancel_in_background(self, request_id: str) -> None:
         # Streams are given up in destructors and by other threads too.
@@ -282,4 +282,4 @@ class AsyncClient(ClientBase):
             try:
                 await source.receive(CANCEL_TIMEOUT_S)
             finally:
-                source.cancel()
+                await finish_async(source)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from lorax_triton._base import CANCEL_TIMEOUT_S, DEFAULT_TIMEOUT_S, ClientBase
 from lorax_triton._channel import Tls
 from lorax_triton._grpc import GrpcTransport
-from lorax_triton._stream import TokenStream
+from lorax_triton._stream import TokenStream, finish
 from lorax_triton._transport import Transport
 from lorax_triton._wire import decode_control
 from lorax_triton.errors import LoraxError
@@ -316,7 +316,7 @@ class Client(ClientBase):
         try:
             return decode_control(source.receive(self.timeout), request.request_id)
         finally:
-            source.cancel()
+            finish(source)
 
     def _cancel_in_background(self, request_id: str) -> None:
         # Streams are given up in destructors too, which must not wait for a server.
@@ -331,5 +331,5 @@ class Client(ClientBase):
             try:
                 source.receive(CANCEL_TIMEOUT_S)
             finally:
-                source.cancel()
+                finish(source)
         self._cancelling.discard(threading.current_thread())

@@ -202,6 +202,23 @@ _STATUS_OF_CODE = {
     "UNAUTHENTICATED": 401,
 }
 
+# What Triton itself says, with the gRPC code it means; the first that fits counts. Errors inside a stream come
+# without their code.
+_TRITON_TEXTS = (
+    ("available versions", "UNAVAILABLE"),
+    ("server is stopping", "UNAVAILABLE"),
+    ("server exiting", "UNAVAILABLE"),
+    ("stub process", "UNAVAILABLE"),
+    ("protocol is restricted", "UNAVAILABLE"),
+    ("maximum queue size", "UNAVAILABLE"),
+    ("timeout expired", "UNAVAILABLE"),
+    ("not ready", "UNAVAILABLE"),
+    ("is not found", "NOT_FOUND"),
+    ("inference input", "INVALID_ARGUMENT"),
+    ("inference request for", "INVALID_ARGUMENT"),
+    ("unexpected shape", "INVALID_ARGUMENT"),
+)
+
 
 def parse_error(
     status_code: int, payload: Mapping[str, Any], headers: Mapping[str, str] | None = None
@@ -240,6 +257,12 @@ def find_error_payload(message: str) -> dict[str, Any] | None:
     return None
 
 
+def code_of_text(message: str) -> str | None:
+    """The gRPC code that one of Triton's own error texts stands for, or None if it is not one of them."""
+    text = message.lower()
+    return next((code for words, code in _TRITON_TEXTS if words in text), None)
+
+
 def error_from_grpc(code: str | None, message: str, request_id: str | None = None) -> LoraxError:
     """The exception for an error that came over gRPC.
 
@@ -249,6 +272,7 @@ def error_from_grpc(code: str | None, message: str, request_id: str | None = Non
         request_id: noted in the exception.
     """
     payload = find_error_payload(message)
+    code = code or code_of_text(message)
     status = _STATUS_OF_CODE.get(code or "", 500)
     if payload is not None:
         given = payload.get("http_status")

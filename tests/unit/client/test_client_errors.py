@@ -129,6 +129,21 @@ def test_text_without_json_is_sorted_by_its_grpc_code(
     assert "why" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Request for unknown model: 'x' is not found", NotFoundError),
+        ("Request for unknown model: 'x' has no available versions", ShardNotReadyError),
+        ("Stub process 'lorax_0_0' is not healthy.", ShardNotReadyError),
+        ("[request id: 7] unexpected inference input 'x' for model 'lorax'", BadRequestError),
+    ],
+)
+def test_tritons_own_words_inside_a_stream_are_sorted_without_a_code(
+    text: str, kind: type[LoraxError]
+) -> None:
+    assert type(error_from_grpc(None, text)) is kind
+
+
 def test_a_timeout_and_a_lost_connection_are_also_pythons_own() -> None:
     assert issubclass(RequestTimeoutError, TimeoutError)
     assert issubclass(lorax_triton.ServerConnectionError, ConnectionError)

@@ -215,8 +215,7 @@ def test_a_servers_unavailable_is_its_answer_and_not_a_lost_connection(serve: Se
 
 def test_an_error_message_of_a_hundred_kilobytes_arrives(serve: Serve) -> None:
     def script(call: Call) -> Iterator[Any]:
-        call.context.abort(grpc.StatusCode.INVALID_ARGUMENT, error_json("a" * 100_000, "validation", 422))
-        yield
+        yield error_response(error_json("a" * 100_000, "validation", 422))
 
     with Client(serve(script).url) as client, pytest.raises(ValidationError) as caught:
         client.generate("x")
@@ -475,3 +474,15 @@ def test_a_finished_answer_of_an_ensemble_is_not_cancelled(serve: Serve) -> None
         client.generate("x")
         list(client.generate_stream("x"))
     assert len(server.calls) == 2
+
+
+def test_a_request_that_the_server_refused_is_not_cancelled_on_top(serve: Serve) -> None:
+    server = serve(lambda call: iter([error_response(error_json("no", "validation", 422))]))
+    with Client(server.url) as client:
+        with pytest.raises(ValidationError):
+            client.generate("x")
+        with pytest.raises(ValidationError):
+            client.stats()
+    for call in server.calls:
+        assert call.over.wait(WAIT_S)
+        assert not call.cancelled

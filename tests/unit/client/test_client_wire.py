@@ -156,9 +156,8 @@ def test_time_limits_that_cannot_be_kept_are_refused(options: dict[str, Any]) ->
         Client("host", **options)
 
 
-def test_metadata_keys_are_lower_case_and_errors_are_asked_for_with_a_status() -> None:
+def test_metadata_keys_are_lower_case_and_cookies_are_one_of_them() -> None:
     assert dict(make_metadata({"X-A": "1"}, {"a": "1", "b": "2"})) == {
-        "triton_grpc_error": "true",
         "x-a": "1",
         "cookie": "a=1; b=2",
     }
