@@ -235,7 +235,7 @@ def _check_against_config(
                 problems.add_tensor(module.a, found)
             module.scaling = config.scaling_for(module.raw, module.rank)
         except ValueError as error:
-            problems.add(f"{CONFIG_NAME}: {error}")
+            problems.add(str(error))
             return
 
 

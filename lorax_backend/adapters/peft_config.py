@@ -72,30 +72,32 @@ class _Matcher:
 
     spent: float = 0.0  # CPU seconds of this thread
 
-    def matches(self, pattern: str, text: str) -> bool:
+    def matches(self, field_name: str, pattern: str, text: str) -> bool:
         """True if the whole of `text` matches.
 
         Raises:
             ValueError: the pattern is not a regular expression, or the adapter's patterns took too long.
         """
-        return self._run(pattern, text) is not None
+        return self._run(field_name, pattern, text) is not None
 
-    def layer_index(self, pattern: str, text: str) -> int | None:
+    def layer_index(self, field_name: str, pattern: str, text: str) -> int | None:
         """The group `idx` of a match of the start of `text`, or None."""
-        match = self._run(pattern + ".*", text)
+        match = self._run(field_name, pattern + ".*", text)
         return None if match is None else int(match.group("idx"))
 
-    def _run(self, pattern: str, text: str) -> Any:
+    def _run(self, field_name: str, pattern: str, text: str) -> Any:
         started = time.thread_time()
         try:
             if len(pattern) > _MAX_PATTERN_LENGTH or self.spent > _PATTERN_BUDGET_S:
                 raise TimeoutError
             return regex.compile(pattern).fullmatch(text, timeout=_MATCH_TIMEOUT_S)
         except regex.error as error:
-            raise ValueError(f"{_short(pattern)} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"{field_name}: {_short(pattern)} is not a regular expression: {error}"
+            ) from None
         except TimeoutError:
             raise ValueError(
-                f"the pattern {_short(pattern)} takes too long to match; write it simpler"
+                f"{field_name}: {_short(pattern)} takes too long to match; write it simpler"
             ) from None
         finally:
             self.spent += time.thread_time() - started
@@ -122,7 +124,7 @@ class PeftConfig:
         Raises:
             ValueError: a pattern cannot be used.
         """
-        key = self._pattern_key(self.rank_pattern, module)
+        key = self._pattern_key("rank_pattern", self.rank_pattern, module)
         return self.rank if key is None else self.rank_pattern[key]
 
     def scaling_for(self, module: str, rank: int) -> float:
@@ -131,7 +133,7 @@ class PeftConfig:
         Raises:
             ValueError: a pattern cannot be used.
         """
-        key = self._pattern_key(self.alpha_pattern, module)
+        key = self._pattern_key("alpha_pattern", self.alpha_pattern, module)
         alpha = self.alpha if key is None else self.alpha_pattern[key]
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -141,13 +143,13 @@ class PeftConfig:
         Raises:
             ValueError: a pattern cannot be used.
         """
-        if self.exclude_modules and self._named(self.exclude_modules, module):
+        if self.exclude_modules and self._named("exclude_modules", self.exclude_modules, module):
             return False
         if self.target_modules is None:
             return True
         if self.target_modules == "all-linear":
             return module.rpartition(".")[2] != "lm_head"
-        if not self._named(self.target_modules, module):
+        if not self._named("target_modules", self.target_modules, module):
             return False
         if (
             isinstance(self.target_modules, str)
@@ -157,23 +159,26 @@ class PeftConfig:
             return True
         return self._layer_of(module) in self.layers_to_transform
 
-    def _named(self, names: tuple[str, ...] | str, module: str) -> bool:
+    def _named(self, field_name: str, names: tuple[str, ...] | str, module: str) -> bool:
         """A string is a regular expression for the whole name, a list holds whole names or their last parts."""
         if isinstance(names, str):
-            return self._matcher.matches(names, module)
+            return self._matcher.matches(field_name, names, module)
         return any(module == name or module.endswith("." + name) for name in names)
 
     def _layer_of(self, module: str) -> int | None:
         patterns = [rf"(?:.*?\.)?{pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern]
         for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            index = self._matcher.layer_index(pattern, module)
+            index = self._matcher.layer_index("layers_pattern", pattern, module)
             if index is not None:
                 return index
         return None
 
-    def _pattern_key(self, patterns: Mapping[str, Any], module: str) -> str | None:
+    def _pattern_key(self, field_name: str, patterns: Mapping[str, Any], module: str) -> str | None:
         """The first key that matches the module's name or its last parts."""
-        return next((key for key in patterns if self._matcher.matches(rf"(.*\.)?({key})$", module)), None)
+        for key in patterns:
+            if self._matcher.matches(field_name, rf"(.*\.)?({key})$", module):
+                return key
+        return None
 
 
 def read_peft_config(folder: Path) -> tuple[PeftConfig | None, list[str]]:

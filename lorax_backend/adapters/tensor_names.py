@@ -57,11 +57,11 @@ def parse_tensor_name(name: str, targets: Mapping[str, object]) -> TensorName:
     raw = match["module"].removeprefix("base_model.model.")
     module = _find_module(match["module"], targets)
     if module is None:
-        supported = ", ".join(supported_modules(targets))
+        supported = supported_modules(targets)
         kind = raw.rpartition(".")[2]
-        return TensorName(
-            problem=f"this base model has no LoRA for module {kind!r} here; supported: {supported}"
-        )
+        if kind in supported:
+            return TensorName(problem=f"the base model has no {kind} at this place; is it for another model?")
+        return TensorName(problem=f"module {kind!r} cannot have LoRA here, only {', '.join(supported)} can")
     return TensorName(module, raw, match["part"])
 
 
