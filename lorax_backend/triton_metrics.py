@@ -17,8 +17,8 @@ from lorax_backend.serving.metrics import (
     GAUGE,
     HISTOGRAM,
     Labels,
-    MetricsRegistry,
     MetricSpec,
+    MetricsRegistry,
     MetricUpdate,
 )
 

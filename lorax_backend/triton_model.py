@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lorax_backend.triton_setup import (
     complete_config,
     model_exception,
     read_config,
+    report_engine_death,
     report_progress,
     set_up_logging,
 )
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _STOP_S = 5.0
+_WATCH_S = 0.5
 
 
 class TritonPythonModel:
@@ -38,6 +41,7 @@ class TritonPythonModel:
     _service: GenerationService | None = None
     _metrics: MetricsMirror | None = None
     _control: ThreadPoolExecutor | None = None
+    _finalizing: threading.Event | None = None
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
@@ -63,6 +67,10 @@ class TritonPythonModel:
         self._control = ThreadPoolExecutor(2, thread_name_prefix="control")
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._metrics = MetricsMirror(self._service.metrics, labels)
+        self._finalizing = threading.Event()
+        threading.Thread(
+            target=_watch, args=(self._service, self._finalizing), name="engine-watch", daemon=True
+        ).start()
         _log.info("ready, process %d", os.getpid())
 
     def execute(self, requests: list[Any]) -> None:
@@ -106,12 +114,27 @@ class TritonPythonModel:
         """Stop everything within seconds; requests still running get an error."""
         service, metrics, control = self._service, self._metrics, self._control
         self._service = self._metrics = self._control = None
+        if self._finalizing is not None:
+            self._finalizing.set()
         if control is not None:
             control.shutdown(wait=False)
         if metrics is not None:
             metrics.stop(_STOP_S)
         if service is not None:
             service.stop()
+
+
+def _watch(service: GenerationService, finalizing: threading.Event) -> None:
+    """Say so once if the service stops taking requests by itself."""
+    while not finalizing.wait(_WATCH_S):
+        if not service.ready and not finalizing.is_set():
+            try:
+                service.control("stats")
+                reason = "the service has stopped; see the log above"
+            except LoraxError as error:
+                reason = error.message
+            report_engine_death(reason)
+            return
 
 
 def _control_command(text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from lorax_backend.config import ServerConfig, load_config
 from lorax_backend.errors import LoraxError
+from lorax_backend.server.failure import ENGINE_DEAD_MARK
 from lorax_backend.server.repository import config_type
 from lorax_backend.tensors import TensorSpec
 
@@ -38,6 +39,12 @@ def set_up_logging(config: ServerConfig) -> None:
 def report_progress(message: str) -> None:
     """Write a line that the command line recognizes as progress of loading."""
     sys.stderr.write(f"lorax: {message}\n")
+    sys.stderr.flush()
+
+
+def report_engine_death(reason: str) -> None:
+    """Write a line that makes whoever started the server end it; a server without an engine can only refuse."""
+    sys.stderr.write(f"{ENGINE_DEAD_MARK}{reason}\n")
     sys.stderr.flush()
 
 

@@ -6,6 +6,9 @@ import json
 import re
 from collections.abc import Sequence
 
+# A model writes a line that starts so to its stderr when its engine has died; whoever started the server acts on it.
+ENGINE_DEAD_MARK = "lorax engine died: "
+
 # A record starts with a letter, month and day, time and thread, or (--log-format=ISO8601) a time, thread and
 # letter.
 _RECORD = re.compile(

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lorax_backend.server import processes
-from lorax_backend.server.failure import failure_reason, load_failures
+from lorax_backend.server.failure import ENGINE_DEAD_MARK, failure_reason, load_failures
 from lorax_backend.server.installation import Installation, ServerNotFoundError, find_tritonserver
 from lorax_backend.server.repository import ENGINE_MODEL
 
@@ -26,6 +26,7 @@ __all__ = ["ServerExit", "ServerFailedError", "ServerNotFoundError", "ServerOpti
 
 _LOG_LINES = 5000
 _POLL_S = 0.1
+_LAST_WORDS_S = 1.0  # for errors to reach their callers before a server without an engine is ended
 
 
 class ServerFailedError(RuntimeError):
@@ -83,6 +84,7 @@ class TritonServer:
         self._folder: Path | None = None
         self._regions: set[Path] = set()
         self._stopping = False
+        self._engine_death: str | None = None
 
     def _choose_ports(self) -> tuple[int, int, int]:
         asked = (self.options.http_port, self.options.grpc_port, self.options.metrics_port)
@@ -166,6 +168,8 @@ class TritonServer:
             for line in stream:
                 text = line.rstrip("\n")
                 self._lines.append(text)
+                if text.startswith(ENGINE_DEAD_MARK):
+                    self._engine_death = text.removeprefix(ENGINE_DEAD_MARK)
                 if self._on_line is not None:
                     self._on_line(text)
 
@@ -220,26 +224,31 @@ class TritonServer:
         return self._http_ok(f"/v2/models/{model}/ready")
 
     def wait(self, poll_s: float = 1.0) -> ServerExit:
-        """Wait until the server ends. A server whose model process died is ended here: it would answer none
-        of its clients and still call itself healthy, while a closed connection tells them at once."""
+        """Wait until the server ends. A server whose engine or model process died is ended here: it could answer none
+        of its callers and still call itself healthy, while a closed connection tells them at once."""
         process = self._running()
         suspects: set[int] = set()
         while process.poll() is None:
             dead = {pid for pid in processes.stubs(process.pid) if processes.is_dead(pid)}
+            if self._engine_death is not None:
+                return self._end_for(f"the engine died: {self._engine_death}")
             if dead & suspects and not self._stopping:
-                self.kill()
-                return ServerExit(
-                    process.wait(), "the model's process died; its last words:\n" + self.log_tail(20)
-                )
+                return self._end_for("the model's process died")
             suspects = dead
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(poll_s)
-            except subprocess.TimeoutExpired:
-                self._note_shared_memory()
+            self._note_shared_memory()
         self._join_reader()
         code = process.wait()
         reason = None if self._stopping or code == 0 else failure_reason(list(self._lines))
         return ServerExit(code, reason)
+
+    def _end_for(self, reason: str) -> ServerExit:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._running().wait(_LAST_WORDS_S)
+        last_words = self.log_tail(20)
+        self.kill()
+        return ServerExit(self._running().wait(), f"{reason}; its last words:\n{last_words}")
 
     def interrupt(self) -> None:
         """Ask the server to finish what runs and end (SIGTERM); `wait` or `terminate` sees it through."""

@@ -55,7 +55,9 @@ class FakeSender:
         if self.closed:
             raise RuntimeError("Response sender has been closed.")
         self.closed = flags == FINAL
-        size = sum(len(item) for tensor in response.output_tensors for item in tensor.array) if response else 0
+        size = (
+            sum(len(item) for tensor in response.output_tensors for item in tensor.array) if response else 0
+        )
         if size > self.room:
             raise RuntimeError("Failed to increase the shared memory pool size")
         self.sent.append((response, flags))
@@ -183,7 +185,9 @@ def test_tensors_become_plain_values_and_tritons_own_parameters_are_dropped(trit
         FakeTensor("input_ids", np.array([1, 2], np.int32)),
     ]
 
-    raw = triton_io.decode_request(FakeRequest(tensors, '{"top_k": 3, "triton_enable_empty_final_response": true}'))
+    raw = triton_io.decode_request(
+        FakeRequest(tensors, '{"top_k": 3, "triton_enable_empty_final_response": true}')
+    )
 
     assert raw.fields == {"text_input": "hé", "seed": 2**64 - 1, "stream": True, "input_ids": [1, 2]}
     assert raw.parameters == {"top_k": 3}

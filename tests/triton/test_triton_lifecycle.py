@@ -53,6 +53,7 @@ def test_an_engine_in_a_process_of_its_own_answers_alike_and_its_death_reaches_e
 
     assert [stream.rest().error["error_type"] for stream in streams] == ["engine_dead"] * 4
     assert own.generate(inputs).error["error_type"] == "engine_dead"
+    assert "the engine died" in server.wait(poll_s=0.2).reason
 
 
 def test_after_kill_9_of_the_stub_no_caller_hangs_and_nothing_is_left(start_tiny):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 
 import grpc
 import pytest
@@ -89,6 +92,18 @@ def test_a_killed_client_frees_its_blocks_within_a_second(server, caller, reques
         client.send_signal(signal.SIGKILL)
         client.wait(10.0)
         wait_until_idle(caller, 1.0)
+
+
+def test_an_http_client_that_hangs_up_frees_its_blocks(server, caller):
+    body = json.dumps(
+        {"text_input": "hello world", "max_tokens": 4000, "stream": True, "ignore_eos_token": True}
+    )
+    with closing(HTTPConnection(server.http_address, timeout=30.0)) as connection:
+        connection.request("POST", "/v2/models/lorax/generate_stream", body)
+        assert connection.getresponse().readline().startswith(b"data: ")
+        assert caller.control("stats")["blocks_used"] > 0
+
+    wait_until_idle(caller, 1.0)
 
 
 def test_an_ensemble_caller_cancels_by_its_request_id(caller):

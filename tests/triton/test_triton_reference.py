@@ -34,9 +34,12 @@ def requests(reference, adapters_path):
     ]
 
 
-def test_one_mixed_load_gives_every_reference_answer(start_server, connect, smollm2_path, reference, requests):
+def test_one_mixed_load_gives_every_reference_answer(
+    start_server, connect, smollm2_path, reference, requests
+):
     server = start_server(
-        {"model_id": str(smollm2_path), "default_adapter_source": "local", "max_total_tokens": "256"}, models=("lorax",)
+        {"model_id": str(smollm2_path), "default_adapter_source": "local", "max_total_tokens": "256"},
+        models=("lorax",),
     )
     caller = connect(server)
 
@@ -51,6 +54,8 @@ def test_one_mixed_load_gives_every_reference_answer(start_server, connect, smol
         first = json.loads(answer.responses[0].outputs["tokens"][0])
         alternatives = {token["id"]: token["logprob"] for token in first["alternative_tokens"]}
         assert alternatives == pytest.approx(dict(expected["first_top5"]), abs=1e-3), (name, index)
-    by_adapter = {name: answer.text for (name, index, _), answer in zip(requests, answers, strict=True) if index == 0}
+    by_adapter = {
+        name: answer.text for (name, index, _), answer in zip(requests, answers, strict=True) if index == 0
+    }
     assert len(set(by_adapter.values())) == len(by_adapter), "two adapters gave the same answer"
     caller.control("check")
