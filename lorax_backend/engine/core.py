@@ -31,6 +31,13 @@ class EngineSettings:
     depth: int = 1
     max_failures: int = 3
 
+    def __post_init__(self) -> None:
+        if self.depth not in (
+            1,
+            2,
+        ):  # a step knows its input token or takes the last one drawn; no more is kept
+            raise ValueError(f"depth must be 1 or 2, not {self.depth}")
+
 
 class EngineCore:
     """Owns the scheduler and the steps in flight. All methods are called from one thread."""

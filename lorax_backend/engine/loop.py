@@ -70,7 +70,9 @@ class EngineLoop:
         """Step until `stop`. What the core or the sink raises goes to the caller: the engine cannot go on."""
         while not self._stopping:
             outputs: list[TokenOutput] = []
-            while self._commands:
+            for _ in range(
+                len(self._commands)
+            ):  # not those that come meanwhile, or they could hold up the steps
                 outputs += self._commands.popleft()()
             outputs += self._core.step()
             if outputs:

@@ -153,7 +153,7 @@ class BlockManager:
             RuntimeError: naming everything that is wrong.
         """
         problems: list[str] = []
-        unused = Counter(self._free) + Counter(self._cached)
+        unused = Counter([*self._free, *self._cached])
         problems += [f"block {block} is listed {n} times" for block, n in unused.items() if n > 1]
         for block, count in enumerate(self._ref_counts):
             if count < 0 or (count == 0) != (block in unused):
