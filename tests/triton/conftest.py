@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from triton_calls import TritonCaller
 
+from lorax_backend.server.installation import Installation
 from lorax_backend.server.launch import ServerOptions, TritonServer
 from lorax_backend.server.repository import write_repository
 
@@ -42,7 +43,7 @@ class _Starter:
         self,
         config: Mapping[str, str],
         repository: Path | None = None,
-        wait: bool = True,
+        installation: Installation | None = None,
         **options: Any,
     ) -> TritonServer:
         if repository is None:
@@ -52,9 +53,8 @@ class _Starter:
         server = TritonServer(repository, ServerOptions(**options))
         self._servers.append(server)
         _running.append(server)
-        server.start()
-        if wait:
-            server.wait_ready(READY_TIMEOUT_S)
+        server.start(installation)
+        server.wait_ready(READY_TIMEOUT_S)
         return server
 
     def stop_all(self) -> None:
@@ -92,7 +92,7 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[StartServer]:
-    """`start_server(config, wait=True, repository=None, **ServerOptions)` -> a server of this test's own."""
+    """`start_server(config, repository=None, installation=None, **ServerOptions)` -> a server of this test's own."""
     starter = _Starter(tmp_path)
     yield starter
     starter.stop_all()

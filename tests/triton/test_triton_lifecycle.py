@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import time
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
-from triton_calls import http_get
+from triton_calls import http_get, http_post
 
 from lorax_backend.server import processes
+from lorax_backend.server.installation import find_tritonserver
 from lorax_backend.server.launch import ServerFailedError
 
 pytestmark = pytest.mark.triton
@@ -164,12 +168,55 @@ def test_the_metrics_page_shows_the_services_counters(server, caller):
     assert len(counted()) >= 5
 
 
-def test_a_stopped_server_closes_its_ports(start_tiny):
+def test_an_unloaded_model_finishes_its_streams_and_can_be_loaded_and_stopped(start_tiny):
     server, caller = start_tiny()
+    stream = caller.stream({**LONG, "max_tokens": 1500}, parameters=EXACT)
+    first = stream.first_text()
+
+    def repository(action):
+        return http_post(server.http_address, f"/v2/repository/{action}", {})
+
+    assert repository("models/lorax/unload") == (200, "")
+    rest = stream.rest()
+    assert len(first.outputs["token_ids"]) + len(rest.token_ids) == 1500
+    wait_for(lambda: '"UNAVAILABLE"' in repository("index")[1], 20.0)
+
+    assert repository("models/lorax/load") == (200, "")
+    assert caller.generate({**PROMPT, "max_tokens": 3}, parameters=EXACT).error is None
+
     caller.close()
-
     assert server.terminate() == 0
-
     with pytest.raises((urllib.error.URLError, ConnectionError)):
         http_get(server.http_address, "/v2/health/live")
     assert all(processes.is_dead(pid) for pid in processes.session_members(server.pid))
+
+
+def test_without_room_in_shared_memory_the_large_answer_fails_and_the_others_go_on(
+    start_server, connect, tiny_llama, tmp_path
+):
+    own_memory = 'mount -t tmpfs -o size=2500k tmpfs /dev/shm && exec "$0" "$@"'
+    may_mount = subprocess.run(
+        ["unshare", "-m", "sh", "-c", own_memory, "true"], capture_output=True, check=False
+    )
+    if may_mount.returncode != 0:
+        pytest.skip("this user may not mount a small /dev/shm")
+    real = find_tritonserver()
+    wrapper = tmp_path / "tritonserver"
+    wrapper.write_text(f"#!/bin/sh\nexec unshare -m sh -c '{own_memory}' '{real.executable}' \"$@\"\n")
+    wrapper.chmod(0o755)
+    server = start_server(
+        {"model_id": str(tiny_llama)}, installation=replace(real, executable=wrapper), models=("lorax",)
+    )
+    caller = connect(server)
+    other = caller.stream({**LONG, "max_tokens": 2500}, parameters=EXACT)
+    first = other.first_text()
+
+    sampling = json.dumps({"return_k_alternatives": 30, **EXACT})
+    large = caller.generate({**PROMPT, "max_tokens": 1000, "sampling_parameters": sampling})
+
+    assert large.error["error_type"] == "generation"
+    assert "shared memory" in large.error["error"]
+    rest = other.rest()
+    assert rest.error is None
+    assert len(first.outputs["token_ids"]) + len(rest.token_ids) == 2500
+    caller.control("check")
