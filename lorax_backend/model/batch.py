@@ -58,6 +58,7 @@ class BatchBuilder:
     max_blocks: int
     device: torch.device
     arena: LoraArena
+    vocab_size: int
     _tables: IntArray = field(init=False)
     _rows: list[_TableRow] = field(init=False)
 
@@ -117,7 +118,13 @@ class BatchBuilder:
             if end > len(known):
                 pending.append((int(query_start[index + 1]) - 1, item.seq.slot))
                 ids.append(0)
-        tensor = self.upload(np.array(ids, dtype=np.int32))
+        array = np.array(ids, dtype=np.int32)
+        if array.min() < 0 or array.max() >= self.vocab_size:
+            # A GPU would find out in a kernel, and no step after that would run.
+            raise ValueError(
+                f"token ids {array.min()} to {array.max()} exceed the vocabulary of {self.vocab_size}"
+            )
+        tensor = self.upload(array)
         if pending:
             places = np.array(pending, dtype=np.int64)
             drawn = last_token.index_select(0, self.upload(places[:, 1].copy())).to(torch.int32)

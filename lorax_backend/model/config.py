@@ -25,6 +25,7 @@ _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # type -> 
          "truncate"),
     ),
 }  # fmt: skip
+_DEFAULT_WINDOW = 4096  # transformers' default where a config does not name the field; a null switches it off
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -195,12 +196,12 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _layer_windows(row: Architecture, raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window")
+    window = raw.get("sliding_window", _DEFAULT_WINDOW)
     if row.window is WindowRule.LISTED_LAYERS and not raw.get("use_sliding_window", False):
         window = None
     if row.window is WindowRule.NONE or window is None:
         return (None,) * num_layers
-    window = _integer(raw, "sliding_window")
+    window = _integer(raw, "sliding_window", _DEFAULT_WINDOW)
     if row.window is WindowRule.ALL_LAYERS:
         return (window,) * num_layers
     listed = raw.get("layer_types")

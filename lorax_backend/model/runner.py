@@ -155,7 +155,12 @@ class TorchModelRunner:
     def _make_builder(self, max_tokens: int) -> BatchBuilder:
         blocks = -(-max_tokens // self._config.block_size) + 1
         return BatchBuilder(
-            self._config.block_size, self.limits.max_num_seqs, blocks, self.device, self.arena
+            block_size=self._config.block_size,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_blocks=blocks,
+            device=self.device,
+            arena=self.arena,
+            vocab_size=self.model_config.vocab_size,
         )
 
     def _make_cache(self) -> KvCache:

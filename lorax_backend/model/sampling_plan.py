@@ -35,8 +35,8 @@ def _splitmix64(state: int) -> int:
 
 
 def is_random(params: SamplingParams) -> bool:
-    """False if the answer is the argmax whatever the random number is."""
-    return params.do_sample and params.temperature > 0.0 and params.top_k != 1
+    """False if the token is the argmax of the processed logits; a temperature of 0 means that too."""
+    return params.do_sample and params.temperature > 0.0
 
 
 def has_penalty(params: SamplingParams) -> bool:

@@ -65,6 +65,12 @@ def test_families_differ_by_their_row() -> None:
     assert (mistral.sliding_window, mistral.layer_windows) == (32, (32, 32))
 
 
+def test_a_mistral_config_without_the_window_field_means_4096_and_null_means_none() -> None:
+    raw = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    assert ModelConfig.from_dict(raw).sliding_window == 4096
+    assert ModelConfig.from_dict(raw | {"sliding_window": None}).sliding_window is None
+
+
 def test_qwen_windows_only_the_layers_it_says_and_only_if_switched_on() -> None:
     windowed = QWEN2 | {"sliding_window": 16, "max_window_layers": 1}
     assert ModelConfig.from_dict(windowed).layer_windows == (None, None)

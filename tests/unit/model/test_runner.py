@@ -142,10 +142,22 @@ def test_a_batch_that_fails_leaves_the_runner_usable(driver: ModelDriver) -> Non
     seq = driver.add(prompt(1))
     expected = driver.generate([seq], 3)[seq.handle]
     bad = driver.add([10**6, 5])
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises(ValueError, match="exceed the vocabulary of 384"):
         driver.runner.launch(driver.batch([(bad, 2)]))
     again = driver.add(prompt(1))
     assert driver.generate([again], 3)[again.handle] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_on_a_cpu_stays_near_float32(dtype: str, tiny_model_path: Callable[..., Path]) -> None:
+    logits = []
+    for name in ("float32", dtype):
+        driver = ModelDriver(tiny_model_path("llama"), dtype=name)
+        seq = driver.add(prompt(3, 30))
+        driver.step([(seq, 20)])
+        driver.step([(seq, 10)])
+        logits.append(driver.last_logits[seq.handle].float())
+    assert float((logits[0] - logits[1]).abs().max()) < 0.05 * float(logits[0].abs().max())
 
 
 def test_random_weights_run_from_the_config_alone(

@@ -58,12 +58,18 @@ def test_a_batch_of_greedy_sequences_needs_nothing_but_the_argmax() -> None:
     assert plan(planner(), [scheduled(greedy, [1], []), scheduled(greedy, [2], [], slot=1)]).plain_greedy
 
 
-def test_a_temperature_of_zero_and_top_k_of_one_are_greedy() -> None:
-    params = [
-        SamplingParams(max_new_tokens=5, do_sample=True, temperature=0.0),
-        SamplingParams(max_new_tokens=5, do_sample=True, top_k=1),
-    ]
-    assert plan(planner(), [scheduled(p, [1], [], slot=i) for i, p in enumerate(params)]).plain_greedy
+def test_a_temperature_of_zero_is_greedy() -> None:
+    params = SamplingParams(max_new_tokens=5, do_sample=True, temperature=0.0, top_k=4, top_p=0.3)
+    assert plan(planner(), [scheduled(params, [1], [])]).plain_greedy
+
+
+def test_the_only_token_that_top_k_leaves_is_certain() -> None:
+    params = SamplingParams(max_new_tokens=5, do_sample=True, top_k=1, seed=4, top_logprobs=2)
+    logits = torch.arange(float(VOCAB))[None] / 10
+    drawn = sample(logits, plan(planner(), [scheduled(params, [1], [])]))
+    assert drawn.ids.tolist() == [VOCAB - 1]
+    assert drawn.logprobs is not None
+    assert drawn.logprobs.tolist() == [0.0]
 
 
 def test_stop_ids_are_forbidden_until_the_minimum_length() -> None:
