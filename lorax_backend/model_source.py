@@ -17,6 +17,9 @@ _TOKENIZER_FILES = [
 ]  # fmt: skip
 _MODEL_FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json"]
 
+# Patterns match whole paths. Some repositories hold the weights a second time, in other layouts.
+_NOT_OURS = ["*/*", "consolidated*.safetensors"]
+
 
 def resolve_model(config: ServerConfig, progress: Progress | None = None) -> Path:
     """Folder with the files of the base model `config.model_id`, fetched or converted first if need be.
@@ -83,7 +86,11 @@ def _download(
         progress(f"fetching {what} from the hub")
     try:
         path = snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, cache_dir=config.hub_cache or None
+            name,
+            revision=revision or None,
+            allow_patterns=patterns,
+            ignore_patterns=_NOT_OURS,
+            cache_dir=config.hub_cache or None,
         )
     except GatedRepoError as error:
         raise ModelSourceError(

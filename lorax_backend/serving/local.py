@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from lorax_backend.config import ServerConfig
+from lorax_backend.errors import LoraxError
 from lorax_backend.model_source import resolve_model, resolve_tokenizer
 from lorax_backend.serving.service import GenerationService
 from lorax_backend.serving.tokenizer import TokenizerPool
+from lorax_backend.smollm2 import ModelSourceError
 
 Progress = Callable[[str], None]
 
@@ -18,11 +21,7 @@ def open_tokenizer(config: ServerConfig, progress: Progress | None = None) -> To
     Raises:
         RuntimeError: the model or its tokenizer cannot be had; the message says why.
     """
-    model_path = resolve_model(config, progress)
-    try:
-        return TokenizerPool(resolve_tokenizer(config, model_path, progress), model_path)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"cannot load the tokenizer: {error}") from error
+    return _load_tokenizer(config, resolve_model(config, progress), progress)
 
 
 def open_service(config: ServerConfig, progress: Progress | None = None) -> GenerationService:
@@ -37,8 +36,20 @@ def open_service(config: ServerConfig, progress: Progress | None = None) -> Gene
     """
     from lorax_backend.engine.build import create_engine  # the only import that brings torch in
 
-    tokenizer = open_tokenizer(config, progress)
-    engine = create_engine(config, resolve_model(config), progress)
+    model_path = resolve_model(config, progress)
+    tokenizer = _load_tokenizer(config, model_path, progress)
+    engine = create_engine(config, model_path, progress)
     service = GenerationService(engine, tokenizer, config)
     service.start()
     return service
+
+
+def _load_tokenizer(config: ServerConfig, model_path: Path, progress: Progress | None) -> TokenizerPool:
+    try:
+        return TokenizerPool(resolve_tokenizer(config, model_path, progress), model_path)
+    except LoraxError as error:
+        raise RuntimeError(f"cannot load the tokenizer: {error.message}") from error
+    except ModelSourceError:
+        raise
+    except Exception as error:  # the Rust tokenizer raises bare Exceptions about files it cannot read
+        raise RuntimeError(f"cannot load the tokenizer: {error}") from error

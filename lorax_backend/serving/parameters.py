@@ -22,7 +22,18 @@ ADAPTER_SOURCES = ("hub", "local")
 _HARMLESS = frozenset(
     {"model", "user", "id", "request_id", "metadata", "service_tier", "store", "headers", "authorization"}
     | {"traceparent", "tracestate", "timeout", "sequence_id", "sequence_start", "sequence_end"}
-    | {"binary_data_output"}
+    | {
+        "binary_data_output",
+        "host",
+        "accept",
+        "connection",
+        "cookie",
+        "te",
+        "origin",
+        "referer",
+        "via",
+        "forwarded",
+    }
 )
 _PROMPT_NAMES = frozenset(parameter.name for parameter in PROMPT_PARAMETERS)
 # Below this a division of the logits overflows; the distribution is a single token long before.
@@ -146,7 +157,8 @@ def _collect(raw: RawRequest) -> _Given:
 
 def _is_foreign(name: str) -> bool:
     """Request parameters that the server or a proxy added: forwarded headers and Triton's own."""
-    return "-" in name or name.startswith("triton_")
+    header = "-" in name and name.replace("-", "_") not in BY_NAME
+    return header or name.startswith("triton_")
 
 
 def _take(given: _Given, source: dict[str, Any], where: str) -> None:
@@ -158,10 +170,12 @@ def _take(given: _Given, source: dict[str, Any], where: str) -> None:
             if name not in _HARMLESS:
                 given.report(_unknown(name, where))
             continue
-        if value is None or parameter.name in given.labels:  # labels hold what sources before this one gave
+        if value is None:
             continue
         if where and parameter.name in _PROMPT_NAMES:
             given.report(f"{name}{where}: not a sampling parameter; send it as an input tensor")
+            continue
+        if parameter.name in given.labels:  # a source before this one gave it
             continue
         if parameter.name in taken and taken[parameter.name][1] != value and parameter.neutral is None:
             given.report(

@@ -156,6 +156,8 @@ def _to_float(value: Any) -> float:
 def _to_text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
+    if not value.isascii():
+        value.encode()  # JSON can spell lone surrogates, which are no text
     return value
 
 
@@ -164,9 +166,9 @@ def _to_texts(value: Any) -> list[str]:
         # Request parameters cannot hold lists, so a JSON list written as a text is understood too.
         if value.startswith('["') and value.endswith('"]'):
             return _to_texts(json.loads(value))
-        return [value]
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return list(value)
+        return [_to_text(value)]
+    if isinstance(value, list | tuple):
+        return [_to_text(item) for item in value]
     raise TypeError
 
 

@@ -128,11 +128,11 @@ class GenerationService:
         self._stopped = True
         self._live.close()
         self._fail_all(ShuttingDownError("the server has stopped; send the request to another one or later"))
+        deadline = time.monotonic() + timeout
         self._live.wait_empty(timeout)
-        self._poller.stop(timeout)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for sender in self._senders:
-            sender.stop(timeout)
+        for thread in (self._poller, *self._senders):
+            thread.stop(max(0.1, deadline - time.monotonic()))
         if self._started:
             self.engine.stop(timeout)
 
@@ -155,8 +155,9 @@ class GenerationService:
         self.submit_request(request, stream.channel)
         return stream
 
-    def request(self, prompt: str, **parameters: Any) -> GenerateRequest:
-        """A request for `generate` from a prompt and parameters by the names of `serving.schema`.
+    def request(self, prompt: str | None = None, **parameters: Any) -> GenerateRequest:
+        """A request for `generate` from a prompt, or `messages` or `input_ids`, and parameters by the names of
+        `serving.schema`.
 
         Raises:
             ValidationError: naming the fields at fault.

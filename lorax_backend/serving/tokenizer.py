@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorax_backend.errors import TemplateError
+from lorax_backend.errors import TemplateError, ValidationError
 from lorax_backend.serving.chat import ChatTemplate
 from lorax_backend.serving.detokenizer import IncrementalDetokenizer
 
@@ -51,7 +51,18 @@ class TokenizerPool:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; texts of special tokens inside it become those tokens."""
+        """Token ids of a text; texts of special tokens inside it become those tokens.
+
+        Raises:
+            ValidationError: the text holds surrogate code points, which no encoding of text can carry.
+        """
+        try:
+            if not text.isascii():
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise ValidationError(
+                f"text_input: not valid Unicode (a lone surrogate at character {error.start}); send UTF-8 text"
+            ) from None
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -144,12 +155,15 @@ def _vocab_size(folder: Path) -> int | None:
 
 
 def _eos_ids(folder: Path, tokenizer: Tokenizer, special: dict[str, str]) -> tuple[int, ...]:
-    """End tokens: of generation_config.json, else of config.json, else the tokenizer's."""
+    """End tokens of generation_config.json, else of config.json, and the tokenizer's own.
+
+    The tokenizer's belongs to them because fine-tuned chat models often set only that one.
+    """
+    ids: list[int] = []
     for config in (_read_json(folder / "generation_config.json"), _model_config(folder)):
         value = config.get("eos_token_id")
-        if isinstance(value, int):
-            return (value,)
-        if isinstance(value, list) and value:
-            return tuple(int(item) for item in value)
-    token_id = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    return () if token_id is None else (token_id,)
+        ids = [value] if isinstance(value, int) else [int(item) for item in value or ()]
+        if ids:
+            break
+    own = tokenizer.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    return tuple(dict.fromkeys([*ids, *([] if own is None else [own])]))
