@@ -51,16 +51,21 @@ class ServerConfig:
     adapter_pages: int = _option(0, "pages of rank 8 in the device arena; 0: 64 on CPU, from memory on CUDA")
     adapter_memory_fraction: float = _option(0.1, "share of GPU memory for adapters when adapter_pages is 0")
     adapter_host_bytes: int = _option(4 << 30, "bytes of loaded adapters kept in host memory")
-    default_adapter_source: str = _option("hub", "adapter_source of requests that name none", ("hub", "local"))
+    default_adapter_source: str = _option(
+        "hub", "adapter_source of requests that name none", ("hub", "local")
+    )
     adapter_loader_threads: int = _option(4, "adapters downloaded and parsed at once")
     adapter_load_timeout_s: float = _option(120.0, "longest download and parse of one adapter in seconds")
-    engine_process: str = _option("auto", "engine in a process of its own: auto (on CUDA), true, false",
-                                  ("auto", "true", "false"))
+    engine_process: str = _option(
+        "auto", "engine in a process of its own: auto (on CUDA), true, false", ("auto", "true", "false")
+    )
     sender_threads: int = _option(4, "threads that send responses")
     validation_workers: int = _option(2, "threads that decode and tokenize requests")
     cancel_poll_interval_s: float = _option(0.05, "seconds between two looks for cancelled requests")
     attention: str = _option("auto", "attention backend", ("auto", "torch", "triton", "flash_attn"))
-    lora_kernels: str = _option("auto", "LoRA kernels: triton on CUDA, torch on CPU", ("auto", "torch", "triton"))
+    lora_kernels: str = _option(
+        "auto", "LoRA kernels: triton on CUDA, torch on CPU", ("auto", "torch", "triton")
+    )
     cuda_graphs: bool = _option(True, "capture decode steps as CUDA graphs")
     overlap: bool = _option(True, "launch a step before the tokens of the one before are read (CUDA)")
     hub_cache: str = _option("", "folder of the hub's files; empty: Hugging Face's default")
@@ -88,7 +93,9 @@ def _convert(name: str, kind: str, text: str, choices: tuple[str, ...]) -> Any:
     return value
 
 
-def load_config(parameters: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None) -> ServerConfig:
+def load_config(
+    parameters: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None
+) -> ServerConfig:
     """Build the configuration from `config.pbtxt` parameters and the environment.
 
     Raises:
