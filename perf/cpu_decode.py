@@ -94,7 +94,9 @@ def generate(runner: TorchModelRunner, prompts: list[list[int]], new_tokens: int
 class _Transformers:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
