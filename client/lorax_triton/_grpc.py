@@ -57,7 +57,8 @@ class GrpcTransport:
     def __init__(self, config: ChannelConfig) -> None:
         self.config = config
         self.watchdog = Watchdog()
-        self._lock = threading.Lock()
+        # Reentrant: a stream may be garbage collected, and then release its channel, while this thread holds it.
+        self._lock = threading.RLock()
         self._channels: set[_Channel] = set()
         self._current: _Channel | None = None
         self._closed = False
@@ -119,7 +120,8 @@ class GrpcTransport:
             if over:
                 self._channels.remove(channel)
         if over:
-            channel.grpc.close()
+            # Closing waits for gRPC's own threads, and a garbage collection may run this on one of them.
+            threading.Thread(target=channel.grpc.close, name="lorax-client-close", daemon=True).start()
 
 
 class GrpcStream:
