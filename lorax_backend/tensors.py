@@ -77,7 +77,10 @@ _ADAPTER_INPUTS: tuple[TensorSpec, ...] = (
 
 _ANSWER_INPUTS: tuple[TensorSpec, ...] = (
     _flag("stream", "true: a response whenever tokens are ready; false: exactly one response"),
-    _flag("exclude_input_in_output", "false: text_output starts with the prompt (not when streaming)"),
+    _flag(
+        "exclude_input_in_output",
+        "false: text_output starts with the prompt (not when streaming); absent: true",
+    ),
     _flag("return_finish_reason", "ask for finish_reason"),
     _flag("return_logprobs", "ask for logprobs"),
     _flag("return_cumulative_logprob", "ask for cumulative_logprob"),
@@ -107,15 +110,13 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec(
         "tokens", "BYTES", LIST, "one JSON object a token: id, text, logprob, special, alternative_tokens"
     ),
-    TensorSpec(
-        "finish_reason", "BYTES", LIST, "last response: length, eos_token or stop_sequence; else empty"
-    ),
+    TensorSpec("finish_reason", "BYTES", LIST, "last response only: length, eos_token or stop_sequence"),
     TensorSpec("logprobs", "BYTES", LIST, "JSON list, one {id: {logprob, rank, decoded_token}} a new token"),
     TensorSpec("cumulative_logprob", "FP32", LIST, "sum of the log probabilities so far"),
-    TensorSpec("num_input_tokens", "UINT32", SCALAR, "tokens of the prompt; first response"),
+    TensorSpec("num_input_tokens", "UINT32", SCALAR, "tokens of the prompt"),
     TensorSpec("num_output_tokens", "UINT32", LIST, "tokens generated since the last response"),
     TensorSpec(
-        "details", "BYTES", SCALAR, "last response: JSON of counts, seed, timings; the answer to control"
+        "details", "BYTES", SCALAR, "last response only: JSON of counts, seed, timings; the answer to control"
     ),
     TensorSpec("embedding", "FP32", LIST, "embedding vector"),
 )
