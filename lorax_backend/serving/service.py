@@ -131,7 +131,8 @@ class GenerationService:
         deadline = time.monotonic() + timeout
         self._live.wait_empty(timeout)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for thread in (self._poller, *self._senders):
+        threads: list[CancellationPoller | Sender] = [self._poller, *self._senders]
+        for thread in threads:
             thread.stop(max(0.1, deadline - time.monotonic()))
         if self._started:
             self.engine.stop(timeout)
