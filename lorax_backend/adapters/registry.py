@@ -82,20 +82,20 @@ class AdapterRecord:
     ref: AdapterRef
     status: AdapterStatus = AdapterStatus.FETCHING
     error: str = ""
-    handles: dict[int, str] = field(default_factory=dict)
+    handles: dict[int, str] = field(default_factory=dict, repr=False)
     tokens: dict[str, str | None] = field(default_factory=dict, repr=False)
     authorized: set[str] = field(default_factory=set, repr=False)
     checking: set[str] = field(default_factory=set, repr=False)
     public: bool = False
     credential: str = field(default="", repr=False)
-    ticket: Any = None
+    ticket: Any = field(default=None, repr=False)
     revision: str = ""
     rank: int = 0
     num_pages: int = 0
     nbytes: int = 0
     reserved: int = 0
-    plan: PlannedAdapter | None = None
-    host: LoadedAdapter | None = None
+    plan: PlannedAdapter | None = field(default=None, repr=False)
+    host: LoadedAdapter | None = field(default=None, repr=False)
     slot: int | None = None
     users: int = 0
 

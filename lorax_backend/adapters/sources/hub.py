@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.hub_errors import is_transient, retry_after, translate
@@ -60,6 +60,9 @@ class HubSource:
 
     name = "hub"
     remote = True
+
+    def __post_init__(self) -> None:
+        disable_progress_bars("huggingface_hub.http_get")  # several at once, in a server's log
 
     def canonical(self, ref: AdapterRef) -> AdapterRef:
         repo, _, inline = ref.id.partition("@")
