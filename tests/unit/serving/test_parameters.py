@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lorax_backend.config import ServerConfig
 from lorax_backend.errors import UnsupportedError, ValidationError
+from lorax_backend.serving.parameter_reference import with_tables
 from lorax_backend.serving.parameters import RawRequest, parse_prompt, parse_request
 from lorax_backend.serving.schema import BY_NAME, PARAMETERS
 from lorax_backend.types import AdapterRef, GenerateRequest
@@ -358,3 +360,10 @@ def test_whatever_comes_in_gives_a_request_or_a_validation_error(
     assert [request.prompt, request.messages, request.input_ids].count(None) == 2
     assert request.sampling.temperature > 0
     assert 0 < request.sampling.top_p <= 1
+
+
+def test_the_documents_tables_are_the_generators_output() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "parameters.md").read_text(encoding="utf-8")
+    command = "python -m lorax_backend.serving.parameter_reference docs/parameters.md"
+    assert with_tables(text) == text, f"run: {command}"
+    assert all(f"`{name}`" in text for name in BY_NAME)
