@@ -17,13 +17,11 @@ class Linear:
     fast as the plain one; the plain weight is dropped.
     """
 
-    __slots__ = ("_packed", "bias", "in_features", "nbytes", "out_features", "weight")
+    __slots__ = ("_packed", "bias", "weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight: torch.Tensor | None = weight
         self.bias = bias
-        self.out_features, self.in_features = weight.shape
-        self.nbytes = weight.numel() * weight.element_size()
         self._packed: torch.Tensor | None = None
 
     def pack(self) -> None:

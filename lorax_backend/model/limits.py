@@ -97,9 +97,9 @@ def plan_adapter_pages(
 
 def plan_cpu_blocks(config: ServerConfig, bytes_a_block: int) -> int:
     """KV blocks on a CPU: `num_blocks`, or what `kv_cache_memory` holds."""
-    return config.num_blocks or _at_least_one(
-        int(config.kv_cache_memory * _GIB) // bytes_a_block, "kv_cache_memory"
-    )
+    if config.num_blocks:
+        return _at_least_one(config.num_blocks, "num_blocks")
+    return _at_least_one(int(config.kv_cache_memory * _GIB) // bytes_a_block, "kv_cache_memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,9 @@ def plan_cuda_blocks(config: ServerConfig, memory: CudaMemory, bytes_a_block: in
             f"num_blocks {config.num_blocks} takes {config.num_blocks * bytes_a_block / _GIB:.1f} GiB, but "
             f"{max(left, 0) / _GIB:.1f} GiB are left of cuda_memory_fraction {config.cuda_memory_fraction}"
         )
-    return config.num_blocks or _at_least_one(fitting, "cuda_memory_fraction")
+    if config.num_blocks:
+        return _at_least_one(config.num_blocks, "num_blocks")
+    return _at_least_one(fitting, "cuda_memory_fraction")
 
 
 def _at_least_one(blocks: int, option: str) -> int:

@@ -29,6 +29,7 @@ from lorax_backend.model.step import PendingStep
 from lorax_backend.model.weights import ModelWeights, dummy_weights, load_weights
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_backend.types import EngineInfo, SamplingParams
+from lorax_kernels.layout import PAGE_RANK
 
 Progress = Callable[[str], None]
 
@@ -58,8 +59,19 @@ class TorchModelRunner:
         _check_backends(config, self.device)
         on_cuda = self.device.type == "cuda"
         self.limits = resolve_limits(config, self.model_config, on_cuda)
-        self.weights = self._load(report)
         self.layout = page_layout(self.model_config)
+        try:
+            self._reserve(report)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{self.device} has too little free memory for {self._model_path}: {error}; use a smaller model, or "
+                "lower adapter_pages, max_batch_tokens or cuda_memory_fraction"
+            ) from error
+
+    def _reserve(self, report: Progress) -> None:
+        """Everything that takes memory, in the order in which each part's share is known."""
+        config, on_cuda = self._config, self.device.type == "cuda"
+        self.weights = self._load(report)
         total = torch.cuda.mem_get_info(self.device)[1] if on_cuda else None
         self.arena = LoraArena(
             self.layout,
@@ -103,7 +115,7 @@ class TorchModelRunner:
             num_blocks=self.num_blocks,
             block_size=config.block_size,
             adapter_pages=self.arena.num_pages,
-            adapter_page_rank=8,
+            adapter_page_rank=PAGE_RANK,
             max_lora_rank=config.max_lora_rank,
             max_input_length=limits.max_input_length,
             max_total_tokens=limits.max_total_tokens,
@@ -138,7 +150,7 @@ class TorchModelRunner:
             inputs.input_ids, inputs.positions, inputs.attention, inputs.lora, cache
         )
         if inputs.sampled_slots is None:
-            return PendingStep.empty()
+            return PendingStep.without_tokens(self.device)
         if inputs.logit_rows is not None:
             hidden = hidden.index_select(0, inputs.logit_rows)
         logits = self.decoder.logits(hidden, inputs.head_lora)

@@ -24,9 +24,13 @@ class PendingStep:
     copied: torch.cuda.Event | None = field(default=None)
 
     @classmethod
-    def empty(cls) -> PendingStep:
-        """A step in which nothing samples."""
-        return cls()
+    def without_tokens(cls, device: torch.device) -> PendingStep:
+        """A step in which nothing samples. It is waited for all the same, or the host would run far ahead."""
+        step = cls()
+        if device.type == "cuda":
+            step.copied = torch.cuda.Event()
+            step.copied.record()
+        return step
 
     @classmethod
     def of(cls, drawn: Drawn, wanted: Sequence[int | None]) -> PendingStep:

@@ -79,6 +79,8 @@ def test_adapter_pages_come_from_the_option_the_device_or_the_memory(model: Mode
 def test_kv_blocks_on_a_cpu_come_from_the_count_or_the_memory() -> None:
     assert plan_cpu_blocks(ServerConfig(num_blocks=5), 1000) == 5
     assert plan_cpu_blocks(ServerConfig(kv_cache_memory=0.5), 1 << 20) == 512
+    with pytest.raises(ValueError, match="num_blocks"):
+        plan_cpu_blocks(ServerConfig(num_blocks=-5), 1000)
     with pytest.raises(ValueError, match="kv_cache_memory"):
         plan_cpu_blocks(ServerConfig(kv_cache_memory=0.0001), 1 << 20)
 
