@@ -15,7 +15,8 @@ from lorax_backend.adapters.checkpoint import AdapterPlan, inspect_adapter
 from lorax_backend.adapters.lifecycle import AdapterLifecycle
 from lorax_backend.adapters.loader import AdapterLoader
 from lorax_backend.adapters.loading import DOWNLOAD, PERMISSION, READ, AdapterParts
-from lorax_backend.adapters.sources import AdapterSource, create_sources
+from lorax_backend.adapters.sources.base import AdapterSource
+from lorax_backend.adapters.sources.registry import create_sources
 from lorax_backend.config import ServerConfig
 from lorax_backend.model.lora import LoraTarget
 from lorax_kernels.layout import PageLayout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from fakes_adapters import PAGE_BYTES, Bench, FakeAdapter, ref
 
@@ -462,3 +465,22 @@ def test_close_stops_the_loader() -> None:
     bench.adapters.close()
     assert bench.loader.closed
     assert bench.adapters.describe() == []
+
+
+def test_policy_needs_neither_torch_nor_the_hub() -> None:
+    names = [
+        "lifecycle",
+        "loading",
+        "loader",
+        "registry",
+        "tiers",
+        "tensor_names",
+        "weight_files",
+        "sources.local",
+    ]
+    code = "\n".join(f"import lorax_backend.adapters.{name}" for name in names)
+    code += "\nimport sys; print(*sorted({'torch', 'numpy', 'safetensors', 'huggingface_hub'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert result.stdout.split() == []
