@@ -44,6 +44,8 @@ class SamplingParams:
     `do_sample=False` is greedy; temperature, top_k and top_p then have no effect. `top_k=0` and `top_p=1.0` are
     off. `top_logprobs=None` asks for no log probabilities, 0 for the chosen token's, k > 0 for the k best beside it.
     `seed` is always set when `do_sample` is: whoever builds the object draws one if the caller gave none.
+    `typical_p=1.0` is off. `logit_bias` holds (id, bias) pairs added to the raw logits. `prompt_logprobs` asks for the
+    log probability of every prompt token but the first; such a request takes no block from the prefix cache.
     """
 
     max_new_tokens: int
@@ -58,12 +60,17 @@ class SamplingParams:
     presence_penalty: float = 0.0
     top_logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    typical_p: float = 1.0
+    watermark: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: bool = False
 
 
 @dataclass(slots=True)
 class EngineRequest:
     """One sequence for the engine. `handle` is unique for the life of the engine; `prompt_ids` is not empty and
-    `len(prompt_ids) + sampling.max_new_tokens` is at most the engine's max_total_tokens."""
+    `len(prompt_ids) + sampling.max_new_tokens` is at most the engine's max_total_tokens. A request that has waited
+    `queue_timeout_s` seconds without being scheduled once ends with an OverloadedError; None: no such limit."""
 
     handle: int
     prompt_ids: list[int]
@@ -71,6 +78,7 @@ class EngineRequest:
     adapter: AdapterRef | None = None
     api_token: str | None = field(default=None, repr=False)
     priority: int = 0
+    queue_timeout_s: float | None = None
 
 
 class TokenOutput(NamedTuple):
@@ -78,7 +86,8 @@ class TokenOutput(NamedTuple):
 
     `token_id` is None only when the sequence ends without a token (an error). `top_logprobs` holds (id, logprob)
     pairs, best first. `error` is a `LoraxError.to_dict()`. `cached_tokens` (prompt tokens found in the prefix cache)
-    and `queue_s` (seconds from submission to first scheduling) are set on a sequence's first token only.
+    and `queue_s` (seconds from submission to first scheduling) are set on a sequence's first token only, as is
+    `prompt_logprobs`, one number for each prompt token but the first, for a request that asked.
     """
 
     handle: int
@@ -89,6 +98,7 @@ class TokenOutput(NamedTuple):
     error: dict[str, Any] | None = None
     cached_tokens: int | None = None
     queue_s: float | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
