@@ -14,7 +14,8 @@ import time
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +122,10 @@ class FakeProvider:
         self._loaded.add(name)
         self.wakeup()
 
+    def unload(self, name: str) -> None:
+        self._loaded.discard(name)
+        self.adapters[name].polls = None
+
     def is_loaded(self, ref: AdapterRef) -> bool:
         return ref.id in self._loaded
 
@@ -222,6 +227,7 @@ class FakeStep:
     def __init__(self, runner: FakeRunner, rows: list[_Row]) -> None:
         self.rows = rows
         self.outcome: StepResult | Exception | None = None
+        self.follows_failure = False
         self._runner = runner
 
     def result(self) -> StepResult:
@@ -234,7 +240,11 @@ class FakeStep:
 
 @dataclass
 class FakeRunner:
-    """A ModelRunner. `fail_launch` and `fail_result` hold numbers of launches (from 0) that raise."""
+    """A ModelRunner. `fail_launch` and `fail_result` hold numbers of launches (from 0) that raise.
+
+    Whatever a real runner could not have computed rightly is listed in `violations`: the engine may drop the outputs
+    of such a step, so that they alone would not show it.
+    """
 
     settings: SchedulerSettings
     provider: FakeProvider
@@ -244,6 +254,7 @@ class FakeRunner:
     launches: int = 0
     closed: bool = False
     batches: list[list[tuple[int, int]]] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cache: list[list[tuple[str, int, int] | None]] = [
@@ -261,11 +272,12 @@ class FakeRunner:
         self.closed = True
 
     def launch(self, batch: ScheduledBatch) -> FakeStep:
-        self._check(batch)
-        self.batches.append([(item.seq.handle, item.count) for item in batch.sequences])
         number, self.launches = self.launches, self.launches + 1
         if number in self.fail_launch:
             raise RuntimeError(f"launch {number} fails")
+        with self._noting_violations():
+            self._check(batch)
+        self.batches.append([(item.seq.handle, item.count) for item in batch.sequences])
         step = FakeStep(self, [_Row.of(item) for item in batch.sequences])
         if number in self.fail_result:
             step.outcome = RuntimeError(f"step {number} fails")
@@ -279,10 +291,23 @@ class FakeRunner:
             step = self._queue.popleft()
             if isinstance(step.outcome, Exception):
                 self._spoil(step.rows)
+                for later in self._queue:
+                    later.follows_failure = True
+            elif step.follows_failure:
+                step.outcome = RuntimeError("the step before fails")
             else:
-                step.outcome = self._compute(step.rows)
+                with self._noting_violations():
+                    step.outcome = self._compute(step.rows)
             if step is last:
                 return
+
+    @contextmanager
+    def _noting_violations(self) -> Iterator[None]:
+        try:
+            yield
+        except AssertionError as error:
+            self.violations.append(str(error))
+            raise
 
     def _check(self, batch: ScheduledBatch) -> None:
         """Whatever a real runner relies on."""

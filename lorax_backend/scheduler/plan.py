@@ -8,14 +8,12 @@ from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, 
 class StepPlan:
     """Which sequences compute what, and how many tokens may still be added (`budget`).
 
-    `prefill_first` says that newcomers are given tokens before running sequences. `preempted` notes that blocks ran
-    out, so that no newcomer is admitted in the same step.
+    `prefill_first` says that newcomers are given tokens before running sequences.
     """
 
     def __init__(self, budget: int, prefill_first: bool = False) -> None:
         self.budget = budget
         self.prefill_first = prefill_first
-        self.preempted = False
         self._total = budget
         self._decodes: list[ScheduledSequence] = []
         self._prefills: list[ScheduledSequence] = []

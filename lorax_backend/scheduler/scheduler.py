@@ -201,7 +201,6 @@ class Scheduler:
         while not self.blocks.can_append(seq, seq.num_tokens):
             victim = next(other for other in reversed(self._running) if other not in plan)
             self._preempt(victim)
-            plan.preempted = True
             if victim is seq:
                 return False
         self.blocks.append(seq, seq.num_tokens)
@@ -210,8 +209,6 @@ class Scheduler:
     def _admit(self, plan: StepPlan) -> None:
         """Let waiting sequences run, in serving order. One that finds no room is skipped, but only for `skip_bound_s`:
         after that nothing behind it is admitted, so that room gathers for it."""
-        if plan.preempted:
-            return
         now, refusals = self._clock(), 0
         crowded_out: set[AdapterRef] = set()
         for seq in self._waiting.ready():

@@ -102,12 +102,14 @@ def test_a_result_of_the_wrong_size_is_a_failed_step(monkeypatch: pytest.MonkeyP
 
 
 def test_freed_rows_are_told_again_when_the_launch_that_named_them_failed() -> None:
-    core, runner, _ = make_core(make_settings(max_num_seqs=1))
-    runner.fail_launch.add(1)
-    requests = [make_request(n, [n], max_new_tokens=1) for n in range(3)]
+    core, runner, _ = make_core(make_settings(max_num_seqs=2))
+    runner.fail_launch.add(1)  # which names the row of request 0
+    run(core, make_request(0, max_new_tokens=1), make_request(1, max_new_tokens=5))
+    requests = [make_request(n, [n]) for n in (2, 3)]
     outputs = run(core, *requests)
-    assert_answered(outputs[0], requests[0])
-    assert_answered(outputs[2], requests[2])
+    for request in requests:
+        assert_answered(outputs[request.handle], request)
+    assert runner.violations == []
 
 
 def test_control_answers_stats_adapters_and_checks() -> None:

@@ -160,6 +160,7 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def everything_is_accounted_for(self) -> None:
         self.core.check_integrity()
+        assert self.runner.violations == []
         assert self.core.scheduler.num_running + self.core.scheduler.num_waiting == len(self.live)
         assert self.provider.num_wanted >= sum(1 for request in self.live.values() if request.adapter)
 
@@ -174,6 +175,7 @@ class CoreMachine(RuleBasedStateMachine):
                 break
         assert not self.live, f"starved: {self.live}"
         self.core.step()
+        assert self.runner.violations == []
         stats = self.core.stats()
         assert (stats.waiting, stats.running, stats.blocks_used) == (0, 0, 0)
         assert self.provider.num_wanted == 0

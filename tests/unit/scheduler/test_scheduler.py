@@ -12,7 +12,6 @@ from fakes_engine import (
     FakeAdapter,
     FakeClock,
     FakeProvider,
-    FakeRunner,
     expected_answer,
     make_core,
     make_request,
@@ -101,6 +100,22 @@ def test_without_chunked_prefill_decodes_are_held_up_for_one_step_at_a_time() ->
     assert not any(a and b for a, b in pairwise(missed))
 
 
+def test_without_chunked_prefill_no_sequence_misses_two_steps_for_the_prompts_of_others() -> None:
+    limits = make_settings(max_batch_tokens=8, max_input_length=16, chunked_prefill=False, num_blocks=64)
+    core, runner, _ = make_core(limits)
+    for handle in range(1, 7):
+        core.add(make_request(handle, [handle], max_new_tokens=30))
+    core.step()
+    for handle in range(7, 12):
+        core.add(make_request(handle, [handle] * 12, max_new_tokens=1))
+    for _ in range(8):
+        core.step()
+    for handle in range(1, 7):
+        missed = [not any(handle == running for running, _ in batch) for batch in runner.batches]
+        assert not any(a and b for a, b in pairwise(missed))
+    assert any(len(batch) < 6 for batch in runner.batches), "no prompt was ever given the step"
+
+
 def test_when_blocks_run_out_the_latest_arrival_is_preempted_and_loses_nothing() -> None:
     core, runner, _ = make_core(make_settings(num_blocks=8, prefix_caching=False))
     first = make_request(1, range(1, 9), max_new_tokens=20)
@@ -126,6 +141,42 @@ def test_the_lowest_priority_is_preempted_before_the_latest_arrival() -> None:
         core.step()
     running = core.scheduler._running
     assert [seq.handle for seq in running] == [2]
+
+
+def test_a_sequence_preempted_with_its_token_under_way_waits_for_that_token() -> None:
+    core, runner, _ = make_core(make_settings(num_blocks=4, prefix_caching=False), depth=2)
+    scheduler = core.scheduler
+    core.add(make_request(1, [1] * 7, max_new_tokens=8))
+    core.add(make_request(2, [2] * 4, max_new_tokens=8))
+    steps = []
+    while not scheduler.num_preemptions:
+        if len(steps) == 2:
+            batch, launched = steps.pop(0)
+            scheduler.update(batch, launched.result())
+        batch = scheduler.schedule()
+        assert batch is not None
+        steps.append((batch, runner.launch(batch)))
+    [preempted] = scheduler._waiting
+    assert preempted.num_in_flight == 1
+    known = len(preempted.token_ids)
+    scheduler.cancel(1)  # there is room for the other now
+    assert scheduler.schedule() is None
+    for batch, launched in steps:
+        scheduler.update(batch, launched.result())
+    assert len(preempted.token_ids) == known + 1
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [item.seq for item in batch.sequences] == [preempted]
+    assert runner.violations == []
+
+
+def test_a_newcomer_leaves_the_running_sequences_room_to_grow() -> None:
+    core, _, _ = make_core(make_settings(num_blocks=8, prefix_caching=False))
+    answers = run(
+        core, make_request(1, range(4), max_new_tokens=4), make_request(2, range(27), max_new_tokens=2)
+    )
+    assert core.scheduler.num_preemptions == 0
+    assert answers[2][-1].finish_reason is not None
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -334,6 +385,20 @@ def test_an_adapter_that_cannot_be_loaded_ends_only_its_own_requests() -> None:
     assert provider.num_wanted == 0
 
 
+def test_a_request_whose_adapter_is_unloaded_while_it_waits_goes_on_waiting() -> None:
+    provider = FakeProvider({"falcon": FakeAdapter()})
+    core, _, _ = make_core(make_settings(max_num_seqs=1), provider)
+    running, waiting = make_request(1, max_new_tokens=3), make_request(2, adapter="falcon")
+    core.add(running)
+    core.add(waiting)
+    core.step()
+    provider.unload("falcon")
+    outputs = [output for _ in range(6) for output in core.step()]
+    assert {output.handle for output in outputs} == {1}
+    provider.finish_loading("falcon")
+    assert_answered([output for _ in range(6) for output in core.step()], waiting)
+
+
 def test_an_adapter_larger_than_the_device_is_refused() -> None:
     core, _, provider = make_core(provider=FakeProvider({"huge": FakeAdapter(pages=9)}))
     [output] = run(core, make_request(1, adapter="huge"))[1]
@@ -345,7 +410,7 @@ def test_an_adapter_larger_than_the_device_is_refused() -> None:
 
 def test_an_adapter_is_not_overwritten_while_a_launched_step_reads_it() -> None:
     provider = FakeProvider({"falcon": FakeAdapter(), "otter": FakeAdapter()}, num_slots=1)
-    core, _, _ = make_core(provider=provider, depth=2)
+    core, runner, _ = make_core(provider=provider, depth=2)
     core.add(make_request(1, [1], "falcon", max_new_tokens=10))
     core.add(make_request(2, [1], "otter", max_new_tokens=2))
     for _ in range(4):
@@ -353,6 +418,7 @@ def test_an_adapter_is_not_overwritten_while_a_launched_step_reads_it() -> None:
     core.cancel(1)  # the step in flight still reads falcon's pages; the fake would notice
     outputs = [output for _ in range(8) for output in core.step()]
     assert_answered(outputs, make_request(2, [1], "otter", max_new_tokens=2))
+    assert runner.violations == []
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -417,8 +483,8 @@ def test_the_fake_runner_notices_a_foreign_block() -> None:
     core, runner, _ = make_core(settings)
     core.add(make_request(1, range(6), max_new_tokens=8))
     core.step()
-    assert isinstance(runner, FakeRunner)
     runner.cache[core.scheduler._running[0].block_table[0]][1] = ("", 1, 99)
     [output] = core.step()
     assert output.error is not None
     assert "wrong cache contents" in output.error["error"]
+    assert runner.violations == ["wrong cache contents"]
