@@ -198,6 +198,8 @@ class Scheduler:
     def _make_room(self, seq: Sequence, plan: StepPlan) -> bool:
         """Get the block of the next token of `seq`, preempting the last in serving order while there is none; False
         if that is `seq` itself. A victim is never in the plan, since `seq` at least is not in it yet."""
+        if seq.num_tokens <= len(seq.block_table) * self.settings.block_size:
+            return True
         while not self.blocks.can_append(seq, seq.num_tokens):
             victim = next(other for other in reversed(self._running) if other not in plan)
             self._preempt(victim)
