@@ -192,7 +192,7 @@ class LoraArena:
                 raise AssertionError(f"adapter slot {slot} holds the wrong number of pages")
 
     def _new_stream(self) -> torch.cuda.Stream | None:
-        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def _pages_of(self, slot: int) -> list[int]:
         row = self.slot_pages[slot]

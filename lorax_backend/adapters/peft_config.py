@@ -249,7 +249,7 @@ def _refused_features(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _is_unset(value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {})
+    return value is None or value in (False, 0, "", [], {})
 
 
 def _short(value: Any) -> str:

@@ -192,7 +192,7 @@ class _HubClient:
                 last = attempt + 1 == self.source.attempts
                 if last or pause > left or not is_transient(error):
                     raise translate(error, self.ref, with_token=self.token is not None) from None
-            self.source.sleep(min(pause, _LONGEST_WAIT_S))
+            self.source.sleep(pause)
             wait = min(wait * 2, _LONGEST_WAIT_S)
         raise AdapterDownloadError(f"{self.ref} was not tried: attempts is {self.source.attempts}")
 

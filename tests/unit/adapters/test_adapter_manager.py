@@ -70,15 +70,6 @@ def make_server(tiny: Base) -> Iterator[Callable[..., Server]]:
         server.manager.close()
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    for name in ("HF_TOKEN", "LORAX_USE_GLOBAL_HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
-
-
 def local(folder: Path) -> AdapterRef:
     return AdapterRef("local", str(folder))
 

@@ -89,7 +89,7 @@ def test_a_config_field_that_cannot_be_honoured_is_named(
     assert words in message
 
 
-@pytest.mark.parametrize("unset", [None, False, [], {}, ""])
+@pytest.mark.parametrize("unset", [None, False, [], {}, "", 0, 0.0])
 @pytest.mark.parametrize("key", ["use_dora", "modules_to_save", "layer_replication", "from_the_future"])
 def test_a_field_that_is_unset_is_no_reason_to_refuse(
     key: str, unset: Any, make_adapter: Callable[..., Path], tiny: Base
