@@ -38,6 +38,13 @@ class ServerConfig:
     max_batch_tokens: int = _option(0, "token budget of one step; 0: 512 on CPU, 8192 on CUDA")
     max_batch_size: int = _option(0, "sequences running at once; 0: 64 on CPU, 256 on CUDA")
     max_concurrent_requests: int = _option(1024, "requests in flight before new ones are refused")
+    max_requests_per_adapter: int = _option(
+        0, "requests in flight for one adapter before more are refused; 0: no cap"
+    )
+    queue_timeout_s: float = _option(
+        0.0, "seconds a request may wait to be scheduled before it is refused; 0: for ever"
+    )
+    max_best_of: int = _option(2, "answers a request may have drawn at once (best_of, n)")
     max_stop_sequences: int = _option(4, "stop strings a request may name")
     max_prompt_bytes: int = _option(1 << 20, "largest prompt in bytes of UTF-8, checked before tokenization")
     block_size: int = _option(16, "tokens in a KV block")
@@ -54,6 +61,25 @@ class ServerConfig:
     default_adapter_source: str = _option(
         "hub", "adapter_source of requests that name none", ("hub", "local")
     )
+    adapter_id: str = _option(
+        "", "adapter of requests that name none; they get the base model with adapter_id=__base_model__"
+    )
+    adapter_source: str = _option("", "adapter_source of adapter_id; empty: default_adapter_source")
+    preloaded_adapter_ids: str = _option(
+        "", "adapters to load and pin at start, separated by commas; others load on demand all the same"
+    )
+    preloaded_adapter_source: str = _option("", "their adapter_source; empty: default_adapter_source")
+    adapter_aliases: str = _option(
+        "", 'JSON object, alias -> adapter id, or list of {"adapter_id", "weight"...}; see docs/parameters.md'
+    )
+    admin_api_key: str = _option(
+        "", "key that control commands which change something must carry as admin_key"
+    )
+    allow_unauthenticated_admin: bool = _option(
+        False, "without admin_api_key, let everybody run commands that change something"
+    )
+    watermark_gamma: float = _option(0.5, "share of the vocabulary that the watermark favours")
+    watermark_delta: float = _option(2.0, "added to the logits of favoured tokens")
     adapter_loader_threads: int = _option(4, "adapters downloaded and parsed at once")
     adapter_load_timeout_s: float = _option(120.0, "longest download and parse of one adapter in seconds")
     engine_process: str = _option(

@@ -170,7 +170,8 @@ class GenerateRequest:
     Exactly one of `prompt`, `messages` and `input_ids` is set; `tools` go to the chat template with `messages`.
     `sampling.max_new_tokens == 0` stands for "as many as the model's limit allows". Without `seed_given` the service
     draws the seed of a sampled request. The text ends with the stop string that ended it unless
-    `include_stop_str_in_output` is false.
+    `include_stop_str_in_output` is false. `n` sequences are drawn and all returned, or `best_of` and the likeliest is.
+    `queue_timeout_s` bounds the wait for the first step in seconds.
     """
 
     request_id: str
@@ -191,6 +192,9 @@ class GenerateRequest:
     outputs: OutputOptions = OutputOptions()
     tools: list[dict[str, Any]] | None = None
     include_stop_str_in_output: bool = True
+    n: int = 1
+    best_of: int = 1
+    queue_timeout_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -206,10 +210,13 @@ class Token:
 
 @dataclass(slots=True)
 class GenerationEvent:
-    """A piece of an answer: the text and tokens since the last event. `finish_reason` or `error` marks the last.
+    """A piece of an answer: the text and tokens since the last event. `finish_reason` or `error` marks the last of its
+    sequence.
 
     `generated_text` (the whole text), `prompt_tokens`, `generated_tokens`, `seed` and `timings` (seconds: queue,
-    first_token, total) are set on the last event.
+    first_token, total) are set on the last event. `index` tells the sequences of a request with n > 1 apart; `more`
+    is true on the last event of one of them while others go on. `prefill` (the prompt's tokens, if asked for) and
+    `best_of_sequences` (the answers that were not picked) come with the last event.
     """
 
     text: str = ""
@@ -223,7 +230,12 @@ class GenerationEvent:
     cumulative_logprob: float | None = None
     seed: int | None = None
     timings: dict[str, float] | None = None
+    index: int = 0
+    more: bool = False
+    prefill: AbstractSequence[Token] | None = None
+    best_of_sequences: list[GenerationEvent] | None = None
 
     @property
     def final(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
+        """True on the last event of the request."""
+        return (self.finish_reason is not None or self.error is not None) and not self.more

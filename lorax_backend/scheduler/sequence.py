@@ -109,9 +109,11 @@ class StepResult:
     """What a step drew: one entry a scheduled sequence with `sample`, in batch order.
 
     `logprobs` holds natural logs of the chosen tokens' probabilities after all processors, in fp32; None where the
-    sequence did not ask. `top_logprobs` likewise, (id, logprob) pairs, best first.
+    sequence did not ask. `top_logprobs` likewise, (id, logprob) pairs, best first. `prompt_logprobs` maps an entry's
+    number to the log probabilities of its prompt's tokens but the first, for the first token of sequences that asked.
     """
 
     token_ids: list[int]
     logprobs: list[float | None]
     top_logprobs: list[tuple[tuple[int, float], ...] | None]
+    prompt_logprobs: dict[int, tuple[float, ...]] = field(default_factory=dict)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lorax_backend.serving.service import GenerationService
 
 ENGINE_COMMANDS = ("stats", "adapters", "check")
-COMMANDS = ("cancel", "info", "metrics", *ENGINE_COMMANDS)
+COMMANDS = ("cancel", "info", "metrics", "tokenize", *ENGINE_COMMANDS)
 
 
 def run_command(service: GenerationService, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -30,9 +30,27 @@ def run_command(service: GenerationService, command: str, arguments: dict[str, A
         return describe(service)
     if command == "metrics":
         return {"prometheus": service.metrics.render()}
+    if command == "tokenize":
+        return {"tokens": _tokenize(service, arguments)}
     if command in ENGINE_COMMANDS:
         return service.engine.control(command, arguments)
     raise ValidationError(f"control.command: {command!r} is not one of {', '.join(COMMANDS)}")
+
+
+def _tokenize(service: GenerationService, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """`inputs` as a list of tokens `{id, text, start, stop}`, offsets in characters."""
+    text = arguments.get("inputs")
+    if not isinstance(text, str) or not text:
+        raise ValidationError("control.inputs: expected the text to tokenize, not empty")
+    limit = service.config.max_prompt_bytes
+    if len(text) > limit:
+        raise ValidationError(
+            f"control.inputs: {len(text)} characters, at most {limit} are allowed (server option max_prompt_bytes)"
+        )
+    add_special_tokens = arguments.get("add_special_tokens")
+    if not isinstance(add_special_tokens, bool | None):
+        raise ValidationError("control.add_special_tokens: expected true or false")
+    return service.tokenizer.pieces(text, add_special_tokens is not False)
 
 
 def describe(service: GenerationService) -> dict[str, Any]:
@@ -42,7 +60,7 @@ def describe(service: GenerationService) -> dict[str, Any]:
         **asdict(service.engine.info),
         "max_concurrent_requests": config.max_concurrent_requests,
         "max_stop_sequences": config.max_stop_sequences,
-        "max_best_of": 1,
+        "max_best_of": config.max_best_of,
         "max_active_adapters": config.max_active_adapters,
         "max_prompt_bytes": config.max_prompt_bytes,
         "validation_workers": config.validation_workers,

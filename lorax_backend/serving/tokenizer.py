@@ -56,6 +56,31 @@ class TokenizerPool:
         Raises:
             ValidationError: the text holds surrogate code points, which no encoding of text can carry.
         """
+        self._check(text)
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def pieces(self, text: str, add_special_tokens: bool = True) -> list[dict[str, Any]]:
+        """The tokens of a text as `{id, text, start, stop}`: the vocabulary's own spelling, and where the token lies in
+        the text, in characters (0 and 0 for a token that was added).
+
+        Raises:
+            ValidationError: see `encode`.
+        """
+        self._check(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return [
+            {"id": token_id, "text": piece, "start": start, "stop": stop}
+            for token_id, piece, (start, stop) in zip(
+                encoding.ids, encoding.tokens, encoding.offsets, strict=True
+            )
+        ]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @staticmethod
+    def _check(text: str) -> None:
         try:
             if not text.isascii():
                 text.encode()
@@ -63,11 +88,6 @@ class TokenizerPool:
             raise ValidationError(
                 f"text_input: not valid Unicode (a lone surrogate at character {error.start}); send UTF-8 text"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """Text of one token by itself, special tokens included; empty for an id the tokenizer does not know."""

@@ -472,3 +472,15 @@ def test_a_failed_start_stops_everything_and_tells_why(byte_level: TokenizerPool
 def test_errors_survive_the_way_to_the_client_and_back() -> None:
     for error in (CancelledError("a"), ShuttingDownError("b"), ValidationError("c")):
         assert type(error_from_dict(error.to_dict())) is type(error)
+
+
+def test_control_tokenizes_a_text(make_service: MakeService, byte_level: TokenizerPool) -> None:
+    service = make_service(FakeEngine())
+    answer = service.control("tokenize", {"inputs": "hello world"})
+    assert [token["id"] for token in answer["tokens"]] == byte_level.encode("hello world")
+    assert answer["tokens"][-1]["stop"] == len("hello world")
+    plain = service.control("tokenize", {"inputs": "hello", "add_special_tokens": False})["tokens"]
+    assert [token["id"] for token in plain] == byte_level.encode("hello", add_special_tokens=False)
+    for arguments in ({}, {"inputs": ""}, {"inputs": 5}, {"inputs": "a", "add_special_tokens": "x"}):
+        with pytest.raises(ValidationError, match=r"control\."):
+            service.control("tokenize", arguments)

@@ -116,3 +116,17 @@ def test_serving_needs_neither_torch_nor_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_pieces_show_the_vocabularys_spelling_and_character_offsets(byte_level: TokenizerPool) -> None:
+    text = "héllo 好 world"
+    pieces = byte_level.pieces(text, add_special_tokens=False)
+    assert [piece["id"] for piece in pieces] == byte_level.encode(text, add_special_tokens=False)
+    for piece in pieces:
+        assert set(piece) == {"id", "text", "start", "stop"}
+        assert 0 <= piece["start"] <= piece["stop"] <= len(text)
+    ends = [piece["stop"] for piece in pieces]
+    assert ends == sorted(ends)
+    assert ends[-1] == len(text)
+    with pytest.raises(ValidationError, match="surrogate"):
+        byte_level.pieces("\ud800")
