@@ -59,7 +59,8 @@ def build_engine(config: ServerConfig, model_path: Path, progress: Callable[[str
         prefix_caching=config.prefix_caching,
     )
     overlaps = config.overlap and runner.device.type == "cuda"
-    core = EngineCore(runner, adapters, EngineSettings(scheduler, depth=2 if overlaps else 1))
+    settings = EngineSettings(scheduler, 2 if overlaps else 1, vocab_size=runner.model_config.vocab_size)
+    core = EngineCore(runner, adapters, settings)
     return BuiltEngine(core, runner.info(time.monotonic() - started))
 
 

@@ -25,11 +25,13 @@ COMMANDS = ("stats", "adapters", "check", "reset_prefix_cache")
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """`depth` is the number of steps launched before the oldest is read: 1, or 2 to overlap the host's work with the
-    device's. After `max_failures` failed steps in a row the engine gives up."""
+    device's. After `max_failures` failed steps in a row the engine gives up. Token ids of a prompt are checked against
+    `vocab_size` unless it is None: one that no embedding has would fail the step, and with it everyone else in it."""
 
     scheduler: SchedulerSettings
     depth: int = 1
     max_failures: int = 3
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.depth not in (
@@ -63,6 +65,7 @@ class EngineCore:
         """Queue a request; an output only if it is refused at once."""
         seq = Sequence.from_request(request, self._clock())
         try:
+            self._check_token_ids(request.prompt_ids)
             self.scheduler.add(seq)
         except ValidationError as error:
             return [TokenOutput(request.handle, None, error=error.to_dict())]
@@ -163,6 +166,14 @@ class EngineCore:
             self.adapters.close()
         finally:
             self._runner.close()
+
+    def _check_token_ids(self, token_ids: list[int]) -> None:
+        size = self._settings.vocab_size
+        if size is not None and token_ids and not 0 <= min(token_ids) <= max(token_ids) < size:
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < size)
+            raise ValidationError(
+                f"input_ids: {wrong} is not a token of this model; its ids are 0 to {size - 1}"
+            )
 
     def _end_requests_without_adapter(self) -> list[TokenOutput]:
         outputs: list[TokenOutput] = []

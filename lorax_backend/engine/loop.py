@@ -152,7 +152,8 @@ class InProcessEngine(EngineClientBase):
         try:
             self._loop = EngineLoop(built.core, self)
             self._ready(started, self._loop, built.info)
-            self._loop.run()
+            if self.alive:  # it may have been stopped while it was loading
+                self._loop.run()
         except BaseException as error:
             _log.exception("the engine died")
             self._end(readable(error))

@@ -153,6 +153,8 @@ class ProcessEngine(EngineClientBase):
                     break
                 if kind == "ready":
                     self._ready(started, self._pipe, payload[0])
+                    if not self.alive:  # it was stopped while it was loading
+                        self._child.kill()
                 elif kind == "failed":
                     started.set_exception(RuntimeError(payload[0]))
                 elif kind == "dead":

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from fakes_engine import FakeAdapter, FakeProvider, expected_answer, make_core, make_request, make_settings
+from fakes_engine import (
+    FakeAdapter,
+    FakeProvider,
+    FakeRunner,
+    expected_answer,
+    make_core,
+    make_request,
+    make_settings,
+)
 
 from lorax_backend.engine.core import EngineCore, EngineSettings
 from lorax_backend.errors import EngineDeadError, GenerationError, ValidationError
@@ -142,6 +150,18 @@ def test_closing_drains_what_is_in_flight_and_closes_all_parts() -> None:
     core.close()
     assert runner.closed
     assert provider.closed
+
+
+@pytest.mark.parametrize("token_id", [-1, 17])
+def test_a_token_id_outside_the_vocabulary_is_refused_before_it_can_fail_a_step(token_id: int) -> None:
+    settings = EngineSettings(make_settings(), vocab_size=17)
+    provider = FakeProvider()
+    core = EngineCore(FakeRunner(settings.scheduler, provider), provider, settings)
+    [output] = core.add(make_request(1, [0, 16, token_id]))
+    assert output.error is not None
+    assert output.error["error_type"] == "validation"
+    assert output.error["error"] == f"input_ids: {token_id} is not a token of this model; its ids are 0 to 16"
+    assert core.add(make_request(2, [0, 16])) == []
 
 
 @pytest.mark.parametrize("depth", [0, 3])

@@ -251,6 +251,33 @@ def test_a_progress_callback_that_fails_is_not_the_end(engine_class: type[Any]) 
     engine.stop()
 
 
+def test_an_engine_stopped_while_it_loads_does_not_start(engine_class: type[Any]) -> None:
+    reached, stopped = threading.Event(), threading.Event()
+
+    def block(line: str) -> None:
+        reached.set()
+        assert stopped.wait(_TIMEOUT_S)
+
+    engine, owner = engine_class(FakeEngineBuilder(), block), RecordingOwner()
+    errors: list[Exception] = []
+
+    def start_engine() -> None:
+        try:
+            engine.start(owner)
+        except RuntimeError as error:
+            errors.append(error)
+
+    starter = threading.Thread(target=start_engine)
+    starter.start()
+    assert reached.wait(_TIMEOUT_S)
+    engine.stop(timeout=0.05)
+    stopped.set()
+    starter.join(_TIMEOUT_S)
+    assert errors
+    assert not engine.alive
+    assert owner.deaths == []
+
+
 def test_an_engine_starts_once_only(start: Start) -> None:
     engine, owner = start()
     with pytest.raises(RuntimeError, match="once only"):
