@@ -1,0 +1,90 @@
+"""Errors as OpenAI's API words them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lorax_triton.errors import LoraxError
+from lorax_triton.openai_api.answer import Answer, json_answer
+
+_FIELD = re.compile(r"^`?([a-z_]+(?:\[\d+\])?(?:\.[a-z_\[\]0-9]+)*)`?(?: \(in sampling_parameters\))?: ")
+# The server's names of fields where they differ from OpenAI's.
+_FIELD_NAMES = {
+    "text_input": "prompt",
+    "input_ids": "prompt",
+    "adapter_id": "model",
+    "stop_words": "stop",
+    "max_new_tokens": "max_tokens",
+}
+
+
+class ApiError(Exception):
+    """An error object of OpenAI's API. `param` names the field at fault."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+        self.status = status
+        self.kind = kind
+
+    def payload(self) -> dict[str, Any]:
+        """The JSON body."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def answer(self) -> Answer:
+        """The answer that tells of this error."""
+        headers = {"retry-after": "1"} if self.status in (429, 503) else {}
+        answer = json_answer(self.payload(), self.status, headers)
+        answer.cause = self.__cause__ or self
+        return answer
+
+
+# error_type of the server -> status, type and code of OpenAI's API.
+_KINDS: dict[str, tuple[int, str, str | None]] = {
+    "validation": (400, "invalid_request_error", None),
+    "unsupported": (400, "invalid_request_error", "unsupported_parameter"),
+    "template_error": (400, "invalid_request_error", "template_error"),
+    "bad_request": (400, "invalid_request_error", None),
+    "overloaded": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "adapter_not_found": (404, "invalid_request_error", "model_not_found"),
+    "adapter_unauthorized": (403, "invalid_request_error", "adapter_unauthorized"),
+    "adapter_incompatible": (400, "invalid_request_error", "adapter_incompatible"),
+    "adapter_too_large": (400, "invalid_request_error", "adapter_too_large"),
+    "adapter_download_failed": (503, "server_error", "adapter_download_failed"),
+    "cancelled": (499, "invalid_request_error", "request_cancelled"),
+    "timeout": (504, "server_error", "timeout"),
+}
+
+
+def from_lorax(error: LoraxError) -> ApiError:
+    """The server's error in OpenAI's words; its cause is `error`."""
+    kind = str(getattr(error, "error_type", "") or "")
+    status, word, code = _KINDS.get(kind) or _by_status(error, kind)
+    message = str(error)
+    param = "model" if kind.startswith("adapter_") else None
+    found = _FIELD.match(message)
+    if found and status == 400:
+        param = _FIELD_NAMES.get(found[1], found[1])
+    result = ApiError(message, param, code, status, word)
+    result.__cause__ = error
+    return result
+
+
+def _by_status(error: LoraxError, kind: str) -> tuple[int, str, str | None]:
+    if isinstance(error, TimeoutError):
+        return _KINDS["timeout"]
+    if isinstance(error, ConnectionError):
+        return 503, "server_error", "server_unreachable"
+    status = int(getattr(error, "http_status", 0) or 0)
+    return status if status >= 500 else 500, "server_error", kind or None
