@@ -26,6 +26,7 @@ from lorax_backend.model.lora import page_layout
 from lorax_backend.model.sampler import Drawn, sample
 from lorax_backend.model.sampling_plan import SamplingPlanner
 from lorax_backend.model.step import PendingStep
+from lorax_backend.model.watermark import WatermarkSettings
 from lorax_backend.model.weights import ModelWeights, dummy_weights, load_weights
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_backend.types import EngineInfo, SamplingParams
@@ -85,7 +86,12 @@ class TorchModelRunner:
             self.model_config, self.weights, self.layout, self.arena.pages, self.limits.max_total_tokens
         )
         self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
-        self._planner = SamplingPlanner(self.model_config.vocab_size, self.limits.max_num_seqs, self.device)
+        self._planner = SamplingPlanner(
+            self.model_config.vocab_size,
+            self.limits.max_num_seqs,
+            self.device,
+            WatermarkSettings(config.watermark_gamma, config.watermark_delta),
+        )
         report("reserving the KV cache")
         self._cache = self._make_cache()
         self.limits = fit_limits(self.limits, config, self._cache.num_blocks)

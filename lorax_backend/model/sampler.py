@@ -1,8 +1,8 @@
 """From logits to token ids: pure functions on tensors [rows, vocab] in float32.
 
 Every function treats each row by itself, so that a request's tokens do not depend on its batch mates, and none waits
-for the device. The order of processors is that of LoRAX: repetition penalty, frequency and presence penalty,
-forbidden ids, temperature, top-k, top-p.
+for the device. The order of processors is that of LoRAX: logit bias and watermark, repetition penalty, frequency and
+presence penalty, forbidden ids (the place of any mask), temperature, top-k, top-p, typical-p.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_backend.model.watermark import WatermarkSettings, favour_green
+
 # Logits are clamped to this magnitude: far beyond any real logit, and still finite after penalties and temperatures.
 _LOGIT_LIMIT = 1e30
 # On a CPU top-p first looks at this many best tokens; sorting the whole vocabulary takes milliseconds a row.
 _NUCLEUS_GUESS = 256
+# Rows with typical-p worked on at once: it takes many tensors of the logits' size.
+_GROUP = 32
 
 
 @dataclass(slots=True)
@@ -48,6 +52,8 @@ class RandomInputs:
         top_k: int64 [C, 1], vocab size where off.
         top_p: float32 [C, 1], infinity where off.
         max_top_k: the largest top_k of the truncated rows, None if one of them has none.
+        typical: int64 [Y], which of the S rows have typical-p; None if none has.
+        typical_p: float32 [Y, 1], below 1.
     """
 
     rows: torch.Tensor
@@ -57,6 +63,26 @@ class RandomInputs:
     top_k: torch.Tensor | None = None
     top_p: torch.Tensor | None = None
     max_top_k: int | None = None
+    typical: torch.Tensor | None = None
+    typical_p: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class BiasInputs:
+    """Numbers added to single logits: rows and ids int64 [n], no pair twice, values float32 [n]."""
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(slots=True)
+class WatermarkInputs:
+    """Rows int64 [W] that carry the watermark, and the token before each, previous int64 [W]."""
+
+    rows: torch.Tensor
+    previous: torch.Tensor
+    settings: WatermarkSettings
 
 
 @dataclass(slots=True)
@@ -67,6 +93,8 @@ class SamplingInputs:
     want log probabilities, `num_top_logprobs` the most alternatives any of them wants.
     """
 
+    bias: BiasInputs | None = None
+    watermark: WatermarkInputs | None = None
     penalties: PenaltyInputs | None = None
     forbidden: tuple[torch.Tensor, torch.Tensor] | None = None
     random: RandomInputs | None = None
@@ -77,7 +105,9 @@ class SamplingInputs:
     def plain_greedy(self) -> bool:
         """True if the argmax of the raw logits is all that is wanted."""
         return (
-            self.penalties is None
+            self.bias is None
+            and self.watermark is None
+            and self.penalties is None
             and self.forbidden is None
             and self.random is None
             and self.logprob_rows is None
@@ -102,6 +132,12 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs) -> Drawn:
     if inputs.plain_greedy:
         return Drawn(logits.argmax(-1))
     x = torch.nan_to_num(logits.float(), nan=-_LOGIT_LIMIT, posinf=_LOGIT_LIMIT, neginf=-_LOGIT_LIMIT)
+    if inputs.bias is not None:
+        b = inputs.bias
+        x.index_put_((b.rows, b.ids), x[b.rows, b.ids] + b.values)
+    if inputs.watermark is not None:
+        w = inputs.watermark
+        x.index_copy_(0, w.rows, favour_green(x.index_select(0, w.rows), w.previous, w.settings))
     if inputs.penalties is not None:
         p = inputs.penalties
         x.index_copy_(0, p.rows, penalize(x.index_select(0, p.rows), p))
@@ -145,16 +181,39 @@ def count_occurrences(
 
 
 def warp(x: torch.Tensor, inputs: RandomInputs) -> torch.Tensor:
-    """Temperature, then top-k, then top-p on logits [S, vocab]; what is cut becomes -inf."""
+    """Temperature, then top-k, top-p and typical-p on logits [S, vocab]; what is cut becomes -inf."""
     x = x / inputs.temperature
-    if inputs.truncated is None:
-        return x
-    assert inputs.top_k is not None
-    assert inputs.top_p is not None
-    if inputs.truncated.numel() == x.shape[0]:
-        return truncate(x, inputs.top_k, inputs.top_p, inputs.max_top_k)
-    cut = truncate(x.index_select(0, inputs.truncated), inputs.top_k, inputs.top_p, inputs.max_top_k)
-    return x.index_copy_(0, inputs.truncated, cut)
+    if inputs.truncated is not None:
+        assert inputs.top_k is not None
+        assert inputs.top_p is not None
+        if inputs.truncated.numel() == x.shape[0]:
+            x = truncate(x, inputs.top_k, inputs.top_p, inputs.max_top_k)
+        else:
+            cut = truncate(x.index_select(0, inputs.truncated), inputs.top_k, inputs.top_p, inputs.max_top_k)
+            x.index_copy_(0, inputs.truncated, cut)
+    if inputs.typical is not None:
+        assert inputs.typical_p is not None
+        for rows, mass in zip(inputs.typical.split(_GROUP), inputs.typical_p.split(_GROUP), strict=True):
+            x.index_copy_(0, rows, keep_typical(x.index_select(0, rows), mass))
+    return x
+
+
+def keep_typical(x: torch.Tensor, typical_p: torch.Tensor) -> torch.Tensor:
+    """Locally typical sampling (Meister et al. 2023) on logits [Y, vocab], typical_p [Y, 1].
+
+    Keeps the smallest set of tokens whose information content is nearest to the distribution's entropy and whose
+    probability reaches typical_p, with every token as near as the last of them; the rest becomes -inf.
+    """
+    logprobs = torch.log_softmax(x, -1)
+    probabilities = logprobs.exp()
+    possible = probabilities > 0
+    entropy = -torch.where(possible, logprobs * probabilities, 0.0).sum(-1, keepdim=True)
+    distance = torch.where(possible, (logprobs + entropy).abs(), float("inf"))
+    nearest, order = distance.sort(dim=-1, stable=True)
+    mass = probabilities.gather(1, order)
+    before = mass.cumsum(-1) - mass
+    kept = ((before < typical_p) & nearest.isfinite()).sum(-1, keepdim=True).clamp(min=1)
+    return x.masked_fill(distance > nearest.gather(1, kept - 1), float("-inf"))
 
 
 def truncate(

@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorax_backend.model.sampler import PenaltyInputs, RandomInputs, SamplingInputs, count_occurrences
+from lorax_backend.model.sampler import (
+    BiasInputs,
+    PenaltyInputs,
+    RandomInputs,
+    SamplingInputs,
+    WatermarkInputs,
+    count_occurrences,
+)
+from lorax_backend.model.watermark import WatermarkSettings
 from lorax_backend.scheduler.sequence import ScheduledSequence
 from lorax_backend.types import SamplingParams
 
@@ -53,6 +61,8 @@ class _Rows:
     random: list[int] = field(default_factory=list)
     logprob: list[int] = field(default_factory=list)
     forbidden: list[tuple[int, int]] = field(default_factory=list)
+    watermark: list[int] = field(default_factory=list)
+    bias: list[int] = field(default_factory=list)
 
 
 class SamplingPlanner:
@@ -62,7 +72,14 @@ class SamplingPlanner:
     belongs to another sequence or missed a token, and otherwise updated on the device with each drawn token.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device,
+        watermark: WatermarkSettings | None = None,
+    ) -> None:
+        self._watermark = watermark or WatermarkSettings()
         self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
         self._device = device
@@ -85,6 +102,10 @@ class SamplingPlanner:
         """
         rows = self._classify(sampled)
         inputs = SamplingInputs()
+        if rows.bias:
+            inputs.bias = self._bias(sampled, rows.bias, upload)
+        if rows.watermark:
+            inputs.watermark = self._mark(sampled, rows.watermark, last_token, upload)
         if rows.penalty:
             inputs.penalties = self._penalties(sampled, rows.penalty, last_token, upload)
         if rows.forbidden:
@@ -114,11 +135,42 @@ class SamplingPlanner:
                 rows.random.append(row)
             if params.top_logprobs is not None:
                 rows.logprob.append(row)
+            if params.watermark:
+                rows.watermark.append(row)
+            if params.logit_bias:
+                rows.bias.append(row)
             if item.generated_index < params.min_new_tokens:
                 rows.forbidden += [
                     (row, stop) for stop in params.stop_token_ids if 0 <= stop < self._vocab_size
                 ]
         return rows
+
+    def _bias(self, sampled: Sequence[ScheduledSequence], rows: list[int], upload: Upload) -> BiasInputs:
+        # A dict a row: ids that came twice are added up, as `BiasInputs` wants no pair twice.
+        entries: list[tuple[int, int, float]] = []
+        for row in rows:
+            total: dict[int, float] = {}
+            for token, value in sampled[row].seq.sampling.logit_bias:
+                if 0 <= token < self._vocab_size:
+                    total[token] = total.get(token, 0.0) + value
+            entries += [(row, token, value) for token, value in total.items()]
+        places = np.array([entry[:2] for entry in entries], dtype=np.int64).reshape(-1, 2)
+        values = np.array([entry[2] for entry in entries], dtype=np.float32)
+        return BiasInputs(upload(places[:, 0].copy()), upload(places[:, 1].copy()), upload(values))
+
+    def _mark(
+        self, sampled: Sequence[ScheduledSequence], rows: list[int], last_token: torch.Tensor, upload: Upload
+    ) -> WatermarkInputs:
+        slots, known = [], []
+        for row in rows:
+            seq, position = sampled[row].seq, sampled[row].seq.prompt_len + sampled[row].generated_index - 1
+            slots.append(seq.slot)
+            known.append(seq.token_ids[position] if position < len(seq.token_ids) else -1)
+        previous = upload(np.array(known, dtype=np.int64))
+        if min(known) < 0:  # the newest token is still on the device only
+            drawn = last_token.index_select(0, upload(np.array(slots, dtype=np.int64)))
+            previous = torch.where(previous < 0, drawn, previous)
+        return WatermarkInputs(upload(np.array(rows, dtype=np.int64)), previous, self._watermark)
 
     def _penalties(
         self, sampled: Sequence[ScheduledSequence], rows: list[int], last_token: torch.Tensor, upload: Upload
@@ -179,4 +231,9 @@ class SamplingPlanner:
             inputs.top_k = upload(np.array(top_k, dtype=np.int64)[:, None])
             inputs.top_p = upload(np.array(top_p, dtype=np.float32)[:, None])
             inputs.max_top_k = max(top_k) if max(top_k) < vocab else None
+        typical = [i for i, p in enumerate(parameters) if p.typical_p < 1.0]
+        if typical:
+            values = np.array([parameters[i].typical_p for i in typical], dtype=np.float32)
+            inputs.typical = upload(np.array(typical, dtype=np.int64))
+            inputs.typical_p = upload(values[:, None])
         return inputs
