@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,17 @@ import torch
 import triton
 from environment import environment
 
-from lorax_kernels import LoraBatch, LoraSite, PageLayout, WorkBuffer, lora_triton, pages_for_rank
-from lorax_kernels.tuning import DEFAULT, LoraConfig, lora_config
+from lorax_kernels import (
+    AttentionBatch,
+    LoraBatch,
+    LoraSite,
+    PageLayout,
+    WorkBuffer,
+    attention_triton,
+    lora_triton,
+    pages_for_rank,
+)
+from lorax_kernels.tuning import DEFAULT, DEFAULT_ATTENTION, AttentionConfig, LoraConfig, lora_config
 
 SHAPES = {
     "8b": {
@@ -75,27 +85,28 @@ ROWS = [
     Row(128, 128, 16, 150), Row(32, 32, 0, 80), Row(128, 128, 64, 490), Row(8192, 32, 16, 650),
 ]  # fmt: skip
 SHRINK_CHOICES = [
-    {"block_k": k, "shrink_warps": w, "max_splits": s, "shrink_waves": v}
-    for k, w, s, v in (
-        (512, 4, 8, 4), (512, 4, 8, 8), (256, 4, 8, 8), (256, 4, 16, 8), (1024, 8, 8, 4), (512, 4, 16, 8),
-        (1024, 4, 4, 4), (512, 8, 8, 4), (256, 2, 16, 12),
+    {"block_k": k, "shrink_warps": w, "split_shift": s, "target_log2": t, "shrink_waves": v}
+    for k, w, s, t, v in (
+        (512, 4, 3, 9, 6), (512, 4, 3, 10, 7), (1024, 4, 2, 9, 5), (1024, 8, 2, 9, 3), (256, 4, 3, 10, 8),
+        (512, 2, 3, 9, 8), (1024, 4, 2, 8, 5), (256, 4, 4, 10, 8), (512, 4, 2, 9, 6),
     )
 ]  # fmt: skip
 EXPAND_CHOICES = [
-    {"block_n": n, "expand_warps": w, "expand_waves": v}
-    for n, w, v in (
-        (256, 4, 4),
-        (256, 4, 8),
-        (128, 4, 8),
-        (512, 4, 4),
-        (512, 8, 4),
-        (256, 8, 4),
-        (128, 2, 12),
-        (64, 2, 16),
+    {"row_n": rn, "block_n": n, "expand_warps": w, "expand_registers": g, "expand_waves": v}
+    for rn, n, w, g, v in (
+        (512, 128, 2, 128, 8), (1024, 128, 4, 128, 4), (1024, 256, 4, 128, 4), (512, 128, 4, 0, 4), (256, 128, 2, 0, 8),
+        (256, 64, 2, 0, 8), (512, 64, 2, 96, 10), (256, 64, 1, 0, 16),
     )
-]
+]  # fmt: skip
 MODE_CHOICES = [
-    {"pdl": p, "overlap": o} for p, o in ((False, False), (True, False), (False, True), (True, True))
+    {"pdl": p, "overlap": o}
+    for p, o in (
+        (False, "none"),
+        (True, "none"),
+        (False, "shrink_first"),
+        (False, "product_first"),
+        (True, "shrink_first"),
+    )
 ]
 PREFILL_SHRINK_CHOICES = [
     {"prefill_block_k": k, "prefill_splits": s, "prefill_stages": t, "prefill_shrink_warps": w}
@@ -110,7 +121,7 @@ PREFILL_SHRINK_CHOICES = [
 ]
 PREFILL_EXPAND_CHOICES = [
     {"prefill_block_n": n, "prefill_expand_warps": w}
-    for n, w in ((128, 4), (64, 4), (128, 8), (256, 8), (256, 4), (512, 8), (64, 2))
+    for n, w in ((256, 4), (128, 4), (64, 2), (128, 2), (256, 8))
 ]
 
 
@@ -309,32 +320,97 @@ def measured_floors() -> dict[str, float]:
     return {"copy_gbs": 2 * n / copy / 1e6, "tflops": 2 * 8192**3 / product / 1e9}
 
 
-def attention_rows(rep: int) -> list[dict[str, float]]:
-    """Decode in GB/s of keys and values, prefill in TFLOP/s; 32 query heads on 8 key heads of 128."""
-    from lorax_kernels import AttentionBatch, paged_attention
+ATTENTION_SHAPES = [
+    (1, 1, 256), (1, 1, 2048), (1, 1, 32768), (8, 1, 256), (8, 1, 4096), (32, 1, 256), (32, 1, 2048), (128, 1, 256),
+    (128, 1, 2048), (256, 1, 1024), (4, 2048, 2048), (1, 2048, 8192),
+]  # fmt: skip
+ATTENTION_CHOICES = [
+    {"block_n": n, "stages": t, "warps": w, "min_split": m, "waves": v}
+    for n, t, w, m, v in (
+        (64, 3, 4, 128, 4), (64, 2, 4, 128, 4), (32, 3, 4, 128, 8), (32, 3, 2, 128, 8), (32, 4, 2, 256, 8),
+        (64, 3, 2, 256, 4), (64, 3, 4, 256, 4), (128, 2, 4, 256, 4), (64, 2, 2, 512, 6), (32, 3, 4, 64, 8),
+    )
+]  # fmt: skip
+ATTENTION_PREFILL_CHOICES = [
+    {"prefill_block_m": m, "prefill_block_n": n, "prefill_stages": t, "prefill_warps": w}
+    for m, n, t, w in ((128, 64, 2, 8), (128, 64, 3, 8), (128, 128, 2, 8), (64, 64, 3, 4), (128, 32, 4, 8))
+]
 
-    out = []
-    shapes = ((1, 1, 256), (1, 1, 8192), (1, 1, 32768), (32, 1, 256), (32, 1, 2048),
-              (128, 1, 256), (128, 1, 2048), (256, 1, 1024), (4, 2048, 2048), (1, 2048, 8192))  # fmt: skip
-    for count, queries, context in shapes:
+
+class AttentionBench:
+    """Times attention of 32 query heads on 8 key heads of 128, in blocks of 16 at random places."""
+
+    def __init__(self, rep: int) -> None:
+        self.rep = rep
+
+    def us(self, shape: tuple[int, int, int], config: AttentionConfig | None = None) -> float:
+        count, queries, context = shape
         blocks = -(-context // 16)
         tables = np.random.default_rng(0).permutation(count * blocks).astype(np.int32).reshape(count, blocks)
-        cache = torch.randn(2, count * blocks, 16, 8, 128, device="cuda").bfloat16()
+        caches = [
+            torch.randn(2, count * blocks, 16, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        ]
         batch = AttentionBatch.build(
             np.arange(count + 1, dtype=np.int32) * queries, np.full(count, context, np.int32), tables,
             np.zeros(count * queries, np.int64), "cuda",
         )  # fmt: skip
         q = torch.randn(count * queries, 32, 128, device="cuda").bfloat16()
-        us = graph_us([lambda q=q, c=cache, b=batch: paged_attention(q, c[0], c[1], b, 128**-0.5)] * 4, rep)
-        entry = {"sequences": count, "queries": queries, "context": context, "us": us}
+        calls = [
+            lambda c=c: attention_triton.paged_attention(q, c[0], c[1], batch, 128**-0.5, None, config)
+            for c in caches * 2
+        ]
+        return graph_us(calls, self.rep)
+
+    def row(self, shape: tuple[int, int, int], config: AttentionConfig | None) -> dict[str, float]:
+        """Decode in GB/s of keys and values, prefill in TFLOP/s."""
+        (count, queries, context), us = shape, self.us(shape, config)
+        entry: dict[str, float] = {"sequences": count, "queries": queries, "context": context, "us": us}
         if queries == 1:
             entry["gbs"] = count * context * 8 * 128 * 4 / us / 1e3
         else:
             seen = queries * (context - queries) + queries * (queries + 1) / 2
             entry["tflops"] = count * seen * 32 * 128 * 4 / us / 1e6
-        out.append(entry)
-        print("attention", {k: round(v, 1) for k, v in entry.items()}, flush=True)
-    return out
+        return entry
+
+    def tune(self, log: list[dict[str, Any]]) -> dict[int, AttentionConfig]:
+        """The best decode choice for up to 8, 32 and more sequences, each with the best prefill choice."""
+        prefill = [s for s in ATTENTION_SHAPES if s[1] > 1]
+        best_prefill = self._best(prefill, DEFAULT_ATTENTION, ATTENTION_PREFILL_CHOICES, log)
+        found = {}
+        for low, high in ((1, 8), (9, 32), (33, 512)):
+            shapes = [s for s in ATTENTION_SHAPES if s[1] == 1 and low <= s[0] <= high]
+            found[high] = self._best(shapes, best_prefill, ATTENTION_CHOICES, log)
+        return found
+
+    def _best(
+        self, shapes: list[tuple[int, int, int]], start: AttentionConfig, choices: list[dict[str, Any]],
+        log: list[dict[str, Any]],
+    ) -> AttentionConfig:  # fmt: skip
+        scored = []
+        for choice in choices:
+            config = replace(start, **choice)
+            try:
+                times = [self.us(shape, config) for shape in shapes]
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"  left out {choice}: {error}", flush=True)
+                continue
+            scored.append((float(np.exp(np.mean(np.log(times)))), config))
+            log.append({"choice": choice, "shapes": shapes, "us": times})
+            print(f"  {scored[-1][0]:8.2f} {choice} " + " ".join(f"{t:.1f}" for t in times), flush=True)
+        return min(scored, key=lambda item: item[0])[1]
+
+
+def write_table(folder: Path, kind: str, configs: Mapping[int, LoraConfig | AttentionConfig]) -> None:
+    """A table as `lorax_kernels.tuning` reads it."""
+    major, minor = torch.cuda.get_device_capability()
+    table = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "command": "python perf/kernels.py --tune",
+        "configs": {str(size): asdict(config) for size, config in sorted(configs.items())},
+    }
+    (folder / f"{kind}_sm{major}{minor}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def compile_ahead(jobs: int, arguments: list[str]) -> None:
@@ -399,16 +475,10 @@ def main() -> None:
                           [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES], log)  # fmt: skip
             configs[bucket] = chosen
         print("tuning prefill", flush=True)
-        chosen = tune(bench, [r for r in rows if r.tokens == 8192], configs[128],
-                      [PREFILL_SHRINK_CHOICES, PREFILL_EXPAND_CHOICES, MODE_CHOICES[::2]], log)  # fmt: skip
+        stages = [PREFILL_SHRINK_CHOICES, PREFILL_EXPAND_CHOICES, MODE_CHOICES[::3] + MODE_CHOICES[2:3]]
+        chosen = tune(bench, [r for r in rows if r.tokens == 8192], configs[128], stages, log)
         configs[16384] = chosen
-        major, minor = torch.cuda.get_device_capability()
-        table = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "command": "python perf/kernels.py --tune",
-            "configs": {str(k if k in (1, 32, 16384) else 256): asdict(c) for k, c in configs.items()},
-        }  # fmt: skip
-        (args.out / f"lora_sm{major}{minor}.json").write_text(json.dumps(table, indent=1) + "\n")
+        write_table(args.out, "lora", {k if k in (1, 32, 16384) else 256: c for k, c in configs.items()})
     results = []
     for row in rows:
         config = configs.get(row.tokens if row.tokens <= 128 else 16384) or lora_config(
@@ -431,7 +501,18 @@ def main() -> None:
             }
         )
         bench.forget(row)
-    attention = [] if args.no_attention else attention_rows(args.rep)
+    attention = []
+    if not args.no_attention:
+        attention_bench = AttentionBench(args.rep)
+        chosen_attention: dict[int, AttentionConfig] = {}
+        if args.tune:
+            print("tuning attention", flush=True)
+            chosen_attention = attention_bench.tune(log)
+            write_table(args.out, "attention", chosen_attention)
+        for shape in ATTENTION_SHAPES[:2] if args.smoke else ATTENTION_SHAPES:
+            fitting = [size for size in chosen_attention if size >= shape[0]]
+            attention.append(attention_bench.row(shape, chosen_attention[min(fitting)] if fitting else None))
+            print("attention", {k: round(v, 1) for k, v in attention[-1].items()}, flush=True)
     report = {"environment": environment(), "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
               "floors": floors, "lora": results, "attention": attention, "tuning": log}  # fmt: skip
     (args.out / f"kernels-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")

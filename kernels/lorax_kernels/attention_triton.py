@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from lorax_kernels.metadata import AttentionBatch
+from lorax_kernels.tuning import AttentionConfig, attention_config
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 32
-_MIN_SPLIT_TOKENS = 128
 
 
 @triton.jit
@@ -240,74 +240,79 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int | None = None,
+    config: AttentionConfig | None = None,
 ) -> torch.Tensor:
     """`lorax_kernels.paged_attention` on a device."""
+    config = config or attention_config(batch.num_decodes)
     if q.stride(2) != 1 or k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError("paged_attention: head_dim must be contiguous and both caches laid out alike")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.num_decodes:
-        _decode(q, k_cache, v_cache, batch, scale * _LOG2E, sliding_window or 0, out)
+        _decode(q, (k_cache, v_cache), batch, scale * _LOG2E, sliding_window or 0, out, config)
     if batch.num_decodes < batch.num_sequences:
-        _prefill(q, k_cache, v_cache, batch, scale * _LOG2E, sliding_window or 0, out)
+        _prefill(q, (k_cache, v_cache), batch, scale * _LOG2E, sliding_window or 0, out, config)
     return out
 
 
 def _decode(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
     batch: AttentionBatch,
     qk_scale: float,
     window: int,
     out: torch.Tensor,
+    config: AttentionConfig,
 ) -> None:
+    k_cache, v_cache = caches
     heads, dim = k_cache.shape[2], k_cache.shape[3]
     group = q.shape[1] // heads
     block_g, block_d = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(dim)
-    splits = _decode_splits(batch.num_decodes * heads, _num_sms(q.device.index))
+    splits = _decode_splits(batch.num_decodes * heads, config.waves * _num_sms(q.device.index))
     space = _workspace(q.device, batch.num_decodes * heads, splits, block_g, block_d)
     _decode_kernel[(batch.num_decodes, heads, splits)](
         q, k_cache, v_cache, out, *space, batch.block_tables, batch.context_lens,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), out.stride(0),
         batch.block_tables.stride(0), qk_scale,
         HEADS=heads, GROUP=group, BLOCK_G=block_g, BLOCK_SIZE=k_cache.shape[1], D=dim, BLOCK_D=block_d,
-        BLOCK_N=_block_n(block_d, q.dtype), SPLITS=splits, MIN_SPLIT=_MIN_SPLIT_TOKENS, WINDOW=window, STAGES=3,
-        num_warps=4, num_stages=1,
+        BLOCK_N=_block_n(config.block_n, block_d, q.dtype), SPLITS=splits, MIN_SPLIT=config.min_split, WINDOW=window,
+        STAGES=config.stages, num_warps=config.warps, num_stages=1,
     )  # fmt: skip
 
 
 def _prefill(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
     batch: AttentionBatch,
     qk_scale: float,
     window: int,
     out: torch.Tensor,
+    config: AttentionConfig,
 ) -> None:
+    k_cache, v_cache = caches
     heads, dim = k_cache.shape[2], k_cache.shape[3]
     group = q.shape[1] // heads
     block_d = triton.next_power_of_2(dim)
-    block_m = 64 if block_d > 128 or q.dtype == torch.float32 else 128
+    wide = block_d > 128 or q.dtype == torch.float32
+    block_m = 64 if wide else config.prefill_block_m
     tiles = _prefill_tiles(batch, group, block_m, q.device)
     _prefill_kernel[(tiles.shape[0], heads)](
         q, k_cache, v_cache, out, tiles, batch.block_tables, batch.context_lens, batch.query_start,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), out.stride(0),
         batch.block_tables.stride(0), qk_scale,
         GROUP=group, BLOCK_M=block_m, BLOCK_SIZE=k_cache.shape[1], D=dim, BLOCK_D=block_d,
-        BLOCK_N=_block_n(block_d, q.dtype), WINDOW=window, STAGES=2, num_warps=8 if block_m == 128 else 4,
-        num_stages=1,
+        BLOCK_N=_block_n(config.prefill_block_n, block_d, q.dtype), WINDOW=window,
+        STAGES=2 if wide else config.prefill_stages, num_warps=4 if wide else config.prefill_warps, num_stages=1,
     )  # fmt: skip
 
 
-def _block_n(block_d: int, dtype: torch.dtype) -> int:
+def _block_n(wanted: int, block_d: int, dtype: torch.dtype) -> int:
     """Keys of a tile, so that the pipelined tiles of K and V fit in shared memory."""
-    return max(16, min(64, 64 * 128 * 2 // (block_d * dtype.itemsize)))
+    return max(16, min(wanted, wanted * 128 * 2 // (block_d * dtype.itemsize)))
 
 
-def _decode_splits(cells: int, sms: int) -> int:
-    """Programs a (sequence, key head) pair's context may be split over: a power of two that gives about four waves."""
-    wanted = max(1, 4 * sms // max(cells, 1))
+def _decode_splits(cells: int, programs: int) -> int:
+    """Programs a (sequence, key head) pair's context may be split over: a power of two, about `programs` in all."""
+    wanted = max(1, programs // max(cells, 1))
     return max(2, min(_MAX_SPLITS, triton.next_power_of_2(wanted)))
 
 

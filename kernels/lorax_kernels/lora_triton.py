@@ -28,18 +28,14 @@ from lorax_kernels.worklist import LoraWork
 MAX_SLICES = 3
 _INTERPRETER_SMS = 3
 # Numbers that change from batch to batch: a kernel compiled anew for each that happens to divide by 16 would stall.
-_VARYING = ("blocks_at", "units_at", "rows_at", "pages_at", "stride_plane", "stride_h")
+_VARYING = ("blocks_at", "units_at", "rows_at", "pages_at", "plane_rows", "max_pages")
 
 
 @triton.jit
-def _num_splits(
-    pieces, K: tl.constexpr, BLOCK_K: tl.constexpr, MAX_SPLITS: tl.constexpr, TARGET: tl.constexpr
-):
-    """Splits of K and BLOCK_K blocks in each, the same in shrink and expand: enough programs to fill the device."""
-    k_blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    wanted = tl.minimum(tl.cdiv(TARGET, tl.maximum(pieces, 1)), MAX_SPLITS)
-    blocks_each = tl.cdiv(k_blocks, wanted)
-    return tl.cdiv(k_blocks, blocks_each), blocks_each
+def _split_shift(log2_units, S: tl.constexpr, TARGET_LOG2: tl.constexpr, MAX_SHIFT: tl.constexpr):
+    """log2 of the splits of K, the same in shrink and expand: about 2**TARGET_LOG2 pieces, to fill the device."""
+    slices_log2: tl.constexpr = 0 if S == 1 else 1
+    return tl.minimum(tl.maximum(TARGET_LOG2 - slices_log2 - log2_units, 0), MAX_SHIFT)
 
 
 @triton.jit
@@ -67,42 +63,45 @@ def _bgmv_shrink_kernel(
     units_at,
     rows_at,
     pages_at,
-    stride_plane,
-    stride_h,
+    plane_rows,
+    max_pages,
     K: tl.constexpr,
     S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    TARGET: tl.constexpr,
+    MAX_SHIFT: tl.constexpr,
+    TARGET_LOG2: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     EVEN: tl.constexpr = K % BLOCK_K == 0
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     DOT_K: tl.constexpr = BLOCK_K if BLOCK_K < 256 else 256
     rank = tl.arange(0, 8)
-    pieces = tl.load(work_ptr + 1) * S
-    splits, blocks_each = _num_splits(pieces, K, BLOCK_K, MAX_SPLITS, TARGET)
-    total = pieces * splits
+    stride_h = S * max_pages * 8
+    shift = _split_shift(tl.load(work_ptr + 3), S, TARGET_LOG2, MAX_SHIFT)
+    blocks_each = (K_BLOCKS + (1 << shift) - 1) >> shift
+    singles = (tl.load(work_ptr + 5) * S) << shift
+    total = (tl.load(work_ptr + 1) * S) << shift
     item = tl.program_id(0)
     page, first, count, ordinal, row, _, _ = _record(
-        work_ptr + units_at + item // splits // S * 8, item < total
+        work_ptr + units_at + (item >> shift) // S * 8, item < total
     )
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
-        split = item % splits
-        which = item // splits % S
+        split = item & ((1 << shift) - 1)
+        which = (item >> shift) % S
         a_base = a_ptr + page.to(tl.int64) * stride_page + which * 8 * K
-        h_base = h_ptr + split * stride_plane + (ordinal * S + which) * 8
+        h_base = h_ptr + split * plane_rows * stride_h + (which * max_pages + ordinal) * 8
         k_begin = split * blocks_each * BLOCK_K
         # The next item's record is on its way while this item's weights are read.
         after = item + tl.num_programs(0)
         next_page, next_first, next_count, next_ordinal, next_row, _, _ = _record(
-            work_ptr + units_at + after // splits // S * 8, after < total
+            work_ptr + units_at + (after >> shift) // S * 8, after < total
         )
-        if count == 1:
-            wide = tl.zeros((8, BLOCK_K), dtype=tl.float32)
+        if item < singles:
+            total_h = tl.zeros((8,), dtype=tl.float32)
             for step in range(blocks_each):
                 k = k_begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
                 if EVEN:
@@ -113,8 +112,8 @@ def _bgmv_shrink_kernel(
                 if PDL:
                     tl.extra.cuda.gdc_wait()
                 x = tl.load(x_ptr + row.to(tl.int64) * stride_x + k, mask=inside, other=0.0)
-                wide += a.to(tl.float32) * x.to(tl.float32)[None, :]
-            tl.store(h_base + first * stride_h + rank, tl.sum(wide, axis=1))
+                total_h += tl.sum(a.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+            tl.store(h_base + first * stride_h + rank, total_h)
         else:
             m = tl.arange(0, BLOCK_M)
             rows = tl.load(work_ptr + rows_at + first + m, mask=m < count, other=0).to(tl.int64)
@@ -149,8 +148,8 @@ def _sgmv_shrink_kernel(
     units_at,
     rows_at,
     pages_at,
-    stride_plane,
-    stride_h,
+    plane_rows,
+    max_pages,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNIT_PAGES: tl.constexpr,
@@ -183,21 +182,86 @@ def _sgmv_shrink_kernel(
             x = tl.load(x_rows[:, None] + k[None, :], mask=(m < count)[:, None] & (k < K)[None, :], other=0.0)
             a = tl.load(a_rows[None, :] + k[:, None], mask=has_page[None, :] & (k < K)[:, None], other=0.0)
         acc = tl.dot(x, a, acc, input_precision="ieee")
-    where = h_ptr + split * stride_plane + (first + m)[:, None] * stride_h + (ordinal * COLUMNS + n)[None, :]
+    stride_h = COLUMNS * max_pages
+    column = n % COLUMNS // 8 * max_pages * 8 + (ordinal + n // COLUMNS) * 8 + n % 8
+    where = h_ptr + split * plane_rows * stride_h + (first + m)[:, None] * stride_h + column[None, :]
     tl.store(where, acc, mask=(m < count)[:, None] & has_page[None, :])
 
 
 @triton.jit
-def _sum_planes(h_ptr, splits, stride_plane, where, seen, MAX_SPLITS: tl.constexpr):
-    """Sum of the planes of h at the offsets `where`."""
-    total = tl.load(h_ptr + where, mask=seen, other=0.0)
-    for split in tl.static_range(1, MAX_SPLITS):
-        total += tl.load(h_ptr + split * stride_plane + where, mask=seen & (split < splits), other=0.0)
-    return total
+def _tile(tile, W0: tl.constexpr, W1: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Slice of a tile of the output, first column of the slice, and first column of the tile within it."""
+    tiles0: tl.constexpr = (W0 + BLOCK_N - 1) // BLOCK_N
+    tiles1: tl.constexpr = (W1 + BLOCK_N - 1) // BLOCK_N
+    in1 = (tile >= tiles0).to(tl.int32)
+    in2 = (tile >= tiles0 + tiles1).to(tl.int32)
+    return in1 + in2, in1 * W0 + in2 * W1, (tile - in1 * tiles0 - in2 * tiles1) * BLOCK_N
+
+
+@triton.jit
+def _expand_row(
+    h_ptr, b_ptr, out_ptr, page_list, pages, splits, num_pages, columns, n_seen,
+    stride_page, stride_b, stride_plane, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row: a matrix-vector product, bound by reading B."""
+    if not PDL:
+        base = tl.load(out_ptr + columns, mask=n_seen, other=0.0)
+    r = tl.arange(0, 16)
+    plane = tl.arange(0, MAX_SPLITS)
+    acc = tl.zeros((columns.shape[0],), dtype=tl.float32)
+    for j in range(0, num_pages, 2):
+        seen = j + r // 8 < num_pages
+        where = (pages * stride_page + r % 8 * stride_b)[:, None] + columns[None, :]
+        b = tl.load(b_ptr + where, mask=seen[:, None] & n_seen[None, :], other=0.0)
+        after = j + 2 + r // 8
+        pages = tl.load(page_list + after, mask=after < num_pages, other=0).to(tl.int64)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        h_seen = (plane < splits)[:, None] & seen[None, :]
+        h = tl.load(h_ptr + plane[:, None] * stride_plane + (j * 8 + r)[None, :], mask=h_seen, other=0.0)
+        acc += tl.sum(tl.sum(h, axis=0)[:, None] * b.to(tl.float32), axis=0)
+    if PDL:
+        base = tl.load(out_ptr + columns, mask=n_seen, other=0.0)
+    tl.store(out_ptr + columns, (base.to(tl.float32) + acc).to(base.dtype), mask=n_seen)
+
+
+@triton.jit
+def _expand_rows(
+    h_ptr, b_ptr, out_ptr, row_list, page_list, pages, splits, count, num_pages, columns, n_seen,
+    stride_out, stride_page, stride_b, stride_plane, stride_h,
+    BLOCK_M: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Up to BLOCK_M rows of one adapter on the tensor cores. EARLY reads the output beside B, for more registers."""
+    r = tl.arange(0, 16)
+    m = tl.arange(0, BLOCK_M)
+    m_seen = m < count
+    rows = tl.load(row_list + m, mask=m_seen, other=0).to(tl.int64)
+    where_out = out_ptr + rows[:, None] * stride_out + columns[None, :]
+    out_seen = m_seen[:, None] & n_seen[None, :]
+    if EARLY:
+        base = tl.load(where_out, mask=out_seen, other=0.0)
+    acc = tl.zeros((BLOCK_M, columns.shape[0]), dtype=tl.float32)
+    for j in range(0, num_pages, 2):
+        seen = j + r // 8 < num_pages
+        where = (pages * stride_page + r % 8 * stride_b)[:, None] + columns[None, :]
+        b = tl.load(b_ptr + where, mask=seen[:, None] & n_seen[None, :], other=0.0)
+        after = j + 2 + r // 8
+        pages = tl.load(page_list + after, mask=after < num_pages, other=0).to(tl.int64)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        h_rows = h_ptr + m[:, None] * stride_h + (j * 8 + r)[None, :]
+        h_seen = m_seen[:, None] & seen[None, :]
+        h = tl.load(h_rows, mask=h_seen, other=0.0)
+        for split in tl.static_range(1, MAX_SPLITS):
+            h += tl.load(h_rows + split * stride_plane, mask=h_seen & (split < splits), other=0.0)
+        acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
+    if not EARLY:
+        base = tl.load(where_out, mask=out_seen, other=0.0)
+    tl.store(where_out, (base.to(tl.float32) + acc).to(base.dtype), mask=out_seen)
 
 
 @triton.jit(do_not_specialize=("blocks_at", *_VARYING[2:]))
-def _expand_kernel(
+def _bgmv_expand_kernel(
     h_ptr,
     b_ptr,
     out_ptr,
@@ -208,125 +272,108 @@ def _expand_kernel(
     blocks_at,
     rows_at,
     pages_at,
-    stride_plane,
-    stride_h,
-    W0,
-    W1,
-    W2,
-    K: tl.constexpr,
+    plane_rows,
+    max_pages,
+    W0: tl.constexpr,
+    W1: tl.constexpr,
+    W2: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROW_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAX_SHIFT: tl.constexpr,
+    TARGET_LOG2: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    ROW_TILES: tl.constexpr = (
+        (W0 + ROW_N - 1) // ROW_N + (W1 + ROW_N - 1) // ROW_N + (W2 + ROW_N - 1) // ROW_N
+    )
+    TILES: tl.constexpr = (
+        (W0 + BLOCK_N - 1) // BLOCK_N + (W1 + BLOCK_N - 1) // BLOCK_N + (W2 + BLOCK_N - 1) // BLOCK_N
+    )
+    blocks = work_ptr + blocks_at
+    num_single = tl.load(work_ptr + 4)
+    row_items = num_single * ROW_TILES
+    splits = 1 << _split_shift(tl.load(work_ptr + 3), S, TARGET_LOG2, MAX_SHIFT)
+    total = row_items + (tl.load(work_ptr) - num_single) * TILES
+    r = tl.arange(0, 16)
+    stride_h = S * max_pages * 8
+    stride_plane = plane_rows * stride_h
+    item = tl.program_id(0)
+    where = tl.where(item < row_items, item // ROW_TILES, num_single + (item - row_items) // TILES)
+    first, count, page_at, num_pages, row, page0, page1 = _record(blocks + where * 8, item < total)
+    for _ in range(tl.program_id(0), total, tl.num_programs(0)):
+        after = item + tl.num_programs(0)
+        where = tl.where(after < row_items, after // ROW_TILES, num_single + (after - row_items) // TILES)
+        next_first, next_count, next_page_at, next_num_pages, next_row, next_page0, next_page1 = _record(
+            blocks + where * 8, after < total
+        )
+        pages = tl.where(r < 8, page0, page1).to(tl.int64)
+        page_list = work_ptr + pages_at + page_at
+        h_base = h_ptr + first * stride_h
+        if item < row_items:
+            which, begin, start = _tile(item % ROW_TILES, W0, W1, ROW_N)
+            n_row = start + tl.arange(0, ROW_N)
+            _expand_row(
+                h_base + which * max_pages * 8, b_ptr, out_ptr + row.to(tl.int64) * stride_out, page_list, pages,
+                splits, num_pages, begin + n_row, n_row < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
+                stride_page, stride_b, stride_plane, 1 << MAX_SHIFT, PDL,
+            )  # fmt: skip
+        else:
+            which, begin, start = _tile((item - row_items) % TILES, W0, W1, BLOCK_N)
+            n = start + tl.arange(0, BLOCK_N)
+            _expand_rows(
+                h_base + which * max_pages * 8, b_ptr, out_ptr, work_ptr + rows_at + first, page_list, pages, splits,
+                count, num_pages, begin + n, n < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
+                stride_out, stride_page, stride_b, stride_plane, stride_h, BLOCK_M, 1 << MAX_SHIFT, PDL, not PDL,
+            )  # fmt: skip
+        first, count, page_at, num_pages = next_first, next_count, next_page_at, next_num_pages
+        row, page0, page1 = next_row, next_page0, next_page1
+        item = after
+
+
+@triton.jit(do_not_specialize=("blocks_at", *_VARYING[2:]))
+def _sgmv_expand_kernel(
+    h_ptr,
+    b_ptr,
+    out_ptr,
+    work_ptr,
+    stride_out,
+    stride_page,
+    stride_b,
+    blocks_at,
+    rows_at,
+    pages_at,
+    plane_rows,
+    max_pages,
+    W0: tl.constexpr,
+    W1: tl.constexpr,
+    W2: tl.constexpr,
     S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    TARGET: tl.constexpr,
-    DECODE: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    splits = MAX_SPLITS
-    if DECODE:
-        splits, _ = _num_splits(tl.load(work_ptr + 1) * S, K, BLOCK_K, MAX_SPLITS, TARGET)
-    tiles0 = tl.cdiv(W0, BLOCK_N)
-    tiles1 = tl.cdiv(W1, BLOCK_N)
-    tiles = tiles0 + tiles1 + tl.cdiv(W2, BLOCK_N)
-    total = tl.load(work_ptr) * tiles
-    r = tl.arange(0, 16)
-    item = tl.program_id(0)
-    first, count, page_at, num_pages, row, page0, page1 = _record(
-        work_ptr + blocks_at + item // tiles * 8, item < total
+    first, count, page_at, num_pages, _, page0, page1 = _record(
+        work_ptr + blocks_at + tl.program_id(1) * 8, True
     )
-    for item in range(tl.program_id(0), total, tl.num_programs(0)):
-        tile = item % tiles
-        # Which slice the tile is of, its first column, and the width the slice ends at.
-        in1 = (tile >= tiles0).to(tl.int32)
-        in2 = (tile >= tiles0 + tiles1).to(tl.int32)
-        which = in1 + in2
-        width = tl.where(which == 0, W0, tl.where(which == 1, W1, W2))
-        n = (tile - in1 * tiles0 - in2 * tiles1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_seen = n < width
-        columns = in1 * W0 + in2 * W1 + n
-        after = item + tl.num_programs(0)
-        next_first, next_count, next_page_at, next_num_pages, next_row, next_page0, next_page1 = _record(
-            work_ptr + blocks_at + after // tiles * 8, after < total
-        )
-        pages = tl.where(r < 8, page0, page1).to(tl.int64)
-        seen = r // 8 < num_pages
-        where_b = (r % 8 * stride_b)[:, None] + columns[None, :]
-        b = tl.load(
-            b_ptr + (pages * stride_page)[:, None] + where_b, mask=seen[:, None] & n_seen[None, :], other=0.0
-        )
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        where_h = (r // 8 * S + which) * 8 + r % 8
-        if DECODE:
-            single = count == 1
-        else:
-            single = False
-        if single:
-            where_out = out_ptr + row.to(tl.int64) * stride_out + columns
-            base = tl.load(where_out, mask=n_seen, other=0.0)
-            h = _sum_planes(h_ptr, splits, stride_plane, first * stride_h + where_h, seen, MAX_SPLITS)
-            acc = tl.sum(h[:, None] * b.to(tl.float32), axis=0)
-            for j in range(2, num_pages, 2):
-                seen_j = j + r // 8 < num_pages
-                pages_j = tl.load(work_ptr + pages_at + page_at + j + r // 8, mask=seen_j, other=0).to(
-                    tl.int64
-                )
-                b_j = tl.load(
-                    b_ptr + (pages_j * stride_page)[:, None] + where_b,
-                    mask=seen_j[:, None] & n_seen[None, :],
-                    other=0.0,
-                )
-                h_j = _sum_planes(
-                    h_ptr, splits, stride_plane, first * stride_h + j * S * 8 + where_h, seen_j, MAX_SPLITS
-                )
-                acc += tl.sum(h_j[:, None] * b_j.to(tl.float32), axis=0)
-            tl.store(where_out, (base.to(tl.float32) + acc).to(base.dtype), mask=n_seen)
-        else:
-            m = tl.arange(0, BLOCK_M)
-            m_seen = m < count
-            rows = tl.load(work_ptr + rows_at + first + m, mask=m_seen, other=0).to(tl.int64)
-            where_m = out_ptr + rows[:, None] * stride_out + columns[None, :]
-            base_m = tl.load(where_m, mask=m_seen[:, None] & n_seen[None, :], other=0.0)
-            h_rows = (first + m)[:, None] * stride_h + where_h[None, :]
-            h_m = _sum_planes(
-                h_ptr, splits, stride_plane, h_rows, m_seen[:, None] & seen[None, :], MAX_SPLITS
-            )
-            acc_m = tl.dot(h_m.to(b.dtype), b, input_precision="ieee")
-            for j in range(2, num_pages, 2):
-                seen_m = j + r // 8 < num_pages
-                pages_m = tl.load(work_ptr + pages_at + page_at + j + r // 8, mask=seen_m, other=0).to(
-                    tl.int64
-                )
-                b_m = tl.load(
-                    b_ptr + (pages_m * stride_page)[:, None] + where_b,
-                    mask=seen_m[:, None] & n_seen[None, :],
-                    other=0.0,
-                )
-                h_n = _sum_planes(
-                    h_ptr,
-                    splits,
-                    stride_plane,
-                    h_rows + j * S * 8,
-                    m_seen[:, None] & seen_m[None, :],
-                    MAX_SPLITS,
-                )
-                acc_m = tl.dot(h_n.to(b.dtype), b_m, acc_m, input_precision="ieee")
-            tl.store(
-                where_m,
-                (base_m.to(tl.float32) + acc_m).to(base_m.dtype),
-                mask=m_seen[:, None] & n_seen[None, :],
-            )
-        first, count, page_at, num_pages = next_first, next_count, next_page_at, next_num_pages
-        row, page0, page1 = next_row, next_page0, next_page1
+    pages = tl.where(tl.arange(0, 16) < 8, page0, page1).to(tl.int64)
+    which, begin, start = _tile(tl.program_id(0), W0, W1, BLOCK_N)
+    n = start + tl.arange(0, BLOCK_N)
+    stride_h = S * max_pages * 8
+    _expand_rows(
+        h_ptr + first * stride_h + which * max_pages * 8, b_ptr, out_ptr, work_ptr + rows_at + first,
+        work_ptr + pages_at + page_at, pages, SPLITS, count, num_pages, begin + n,
+        n < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
+        stride_out, stride_page, stride_b, plane_rows * stride_h, stride_h, BLOCK_M, SPLITS, False, False,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
 class Shrunk:
-    """h of one site, as planes [splits, rows, max_pages * S * 8] in float32, and how it was made."""
+    """h of one site, as planes [splits, rows, S * max_pages * 8] in float32, and how it was made."""
 
     planes: torch.Tensor
-    in_features: int
     slices: int
     config: LoraConfig
 
@@ -340,7 +387,7 @@ def _num_sms(index: int | None) -> int:
 
 def allocate_planes(a: torch.Tensor, work: LoraWork, config: LoraConfig) -> torch.Tensor:
     """Memory for h of a site with `a` [P, S, 8, in]; every element that expand reads is written by shrink."""
-    splits = config.max_splits if work.shape.decode else config.prefill_splits
+    splits = 1 << config.split_shift if work.shape.decode else config.prefill_splits
     width = work.max_pages * a.shape[1] * PAGE_RANK
     return torch.empty(splits, work.capacity.rows, width, dtype=torch.float32, device=a.device)
 
@@ -369,29 +416,27 @@ def shrink(
     at = work.capacity
     if planes is None:
         planes = allocate_planes(a, work, config)
-    splits = planes.shape[0]
     arguments = (
         x, a, planes, work.data, x.stride(0), a.stride(0), at.units_at, at.rows_at, at.pages_at,
-        planes.stride(0), planes.stride(1),
+        planes.shape[1], work.max_pages,
     )  # fmt: skip
     if work.shape.decode:
-        sms = _num_sms(x.device.index)
-        pieces = (at.units if work.fixed else work.num_units) * slices
-        grid = (max(1, min(sms * config.shrink_waves, pieces * splits)),)
+        pieces = (at.units if work.fixed else work.num_units) * slices << config.split_shift
+        grid = (max(1, min(_num_sms(x.device.index) * config.shrink_waves, pieces)),)
         _bgmv_shrink_kernel[grid](
             *arguments, K=in_features, S=slices, BLOCK_M=work.shape.block_rows, BLOCK_K=config.block_k,
-            MAX_SPLITS=splits, TARGET=sms * config.shrink_waves, STAGES=config.stages, PDL=config.pdl,
-            num_warps=config.shrink_warps, num_stages=1, **_pdl(config),
+            MAX_SHIFT=config.split_shift, TARGET_LOG2=config.target_log2, STAGES=config.stages, PDL=config.pdl,
+            num_warps=config.shrink_warps, num_stages=1, **_options(config.pdl, config.shrink_registers),
         )  # fmt: skip
     else:
         unit_columns = work.shape.unit_pages * columns
-        _sgmv_shrink_kernel[(work.num_units * splits,)](
+        _sgmv_shrink_kernel[(work.num_units * planes.shape[0],)](
             *arguments, K=in_features, COLUMNS=columns, UNIT_PAGES=work.shape.unit_pages,
             BLOCK_M=work.shape.block_rows, BLOCK_N=max(16, triton.next_power_of_2(unit_columns)),
-            BLOCK_K=config.prefill_block_k, SPLITS=splits, STAGES=config.prefill_stages,
+            BLOCK_K=config.prefill_block_k, SPLITS=planes.shape[0], STAGES=config.prefill_stages,
             num_warps=config.prefill_shrink_warps, num_stages=1,
         )  # fmt: skip
-    return Shrunk(planes, in_features, slices, config)
+    return Shrunk(planes, slices, config)
 
 
 def expand(
@@ -406,22 +451,30 @@ def expand(
         raise ValueError(
             f"expand: b {tuple(b.shape)}, out {tuple(out.shape)} and slices {out_slices} do not fit"
         )
-    config, at, decode = h.config, work.capacity, work.shape.decode
-    block_n = config.block_n if decode else config.prefill_block_n
-    tiles = sum(triton.cdiv(width, block_n) for width in out_slices)
-    items = (at.blocks if work.fixed else work.num_blocks) * tiles
-    sms = _num_sms(out.device.index)
-    widths = (*out_slices, 0, 0, 0)[:MAX_SLICES]
-    grid = (max(1, min(sms * config.expand_waves, items) if decode else items),)
-    _expand_kernel[grid](
+    config, at = h.config, work.capacity
+    w0, w1, w2 = (*out_slices, 0, 0)[:MAX_SLICES]
+    arguments = (
         h.planes, b, out, work.data, out.stride(0), b.stride(0), b.stride(1), at.blocks_at, at.rows_at, at.pages_at,
-        h.planes.stride(0), h.planes.stride(1), *widths, K=h.in_features, S=h.slices,
-        BLOCK_M=work.shape.block_rows, BLOCK_N=block_n, BLOCK_K=config.block_k, MAX_SPLITS=h.planes.shape[0],
-        TARGET=sms * config.shrink_waves if decode else 0, DECODE=decode,
-        PDL=config.pdl and decode, num_stages=1,
-        num_warps=config.expand_warps if decode else config.prefill_expand_warps,
-        **(_pdl(config) if decode else {}),
+        h.planes.shape[1], work.max_pages,
     )  # fmt: skip
+    if work.shape.decode:
+        row_tiles, tiles = _num_tiles(out_slices, config.row_n), _num_tiles(out_slices, config.block_n)
+        items = (at.blocks if work.fixed else work.num_blocks) * max(row_tiles, tiles)
+        _bgmv_expand_kernel[(max(1, min(_num_sms(out.device.index) * config.expand_waves, items)),)](
+            *arguments, W0=w0, W1=w1, W2=w2, S=h.slices, BLOCK_M=work.shape.block_rows, ROW_N=config.row_n,
+            BLOCK_N=config.block_n, MAX_SHIFT=config.split_shift, TARGET_LOG2=config.target_log2, PDL=config.pdl,
+            num_warps=config.expand_warps, num_stages=1, **_options(config.pdl, config.expand_registers),
+        )  # fmt: skip
+    else:
+        _sgmv_expand_kernel[(_num_tiles(out_slices, config.prefill_block_n), work.num_blocks)](
+            *arguments, W0=w0, W1=w1, W2=w2, S=h.slices, BLOCK_M=work.shape.block_rows,
+            BLOCK_N=config.prefill_block_n, SPLITS=h.planes.shape[0], num_warps=config.prefill_expand_warps,
+            num_stages=1,
+        )  # fmt: skip
+
+
+def _num_tiles(out_slices: tuple[int, ...], block_n: int) -> int:
+    return sum(-(-width // block_n) for width in out_slices)
 
 
 def add_lora(
@@ -450,16 +503,20 @@ def linear(
     product on a stream of its own: both wait for x only."""
     work = _work_of(batch)
     config = config or lora_config(work.num_tokens, work.shape.decode)
-    if not config.overlap:
+    if config.overlap == "none":
         out = F.linear(x, *layer)
         h = shrink(x, weights[0], work, config)
     else:
         planes = allocate_planes(weights[0], work, config)
         here, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
         side.wait_stream(here)
+        # The order of the launches decides which of the two gets the multiprocessors first.
+        if config.overlap == "product_first":
+            out = F.linear(x, *layer)
         with torch.cuda.stream(side):
             h = shrink(x, weights[0], work, config, planes)
-        out = F.linear(x, *layer)
+        if config.overlap == "shrink_first":
+            out = F.linear(x, *layer)
         here.wait_stream(side)
     expand(h, weights[1], work, out, out_slices)
     return out
@@ -476,5 +533,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _pdl(config: LoraConfig) -> dict[str, bool]:
-    return {"launch_pdl": True} if config.pdl else {}
+def _options(pdl: bool, registers: int) -> dict[str, int | bool]:
+    options: dict[str, int | bool] = {"launch_pdl": True} if pdl else {}
+    if registers:
+        options["maxnreg"] = registers
+    return options

@@ -10,28 +10,37 @@ import functools
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """How the LoRA kernels are launched. Waves are programs per multiprocessor of a persistent launch.
+    """How the LoRA kernels are launched.
+
+    Waves are programs per multiprocessor of a persistent launch; registers are a limit a thread, 0 for none. At most
+    2**`split_shift` splits of the input dimension, fewer where the work list has about 2**`target_log2` pieces anyway.
+    `row_n` columns of a single row, or `block_n` of up to 16 rows, are one piece of expand.
 
     `pdl` lets expand start while shrink still runs (programmatic dependent launch, compute capability 9.0 and up);
-    `overlap` runs shrink beside the base layer's product on a second stream.
+    `overlap` runs shrink beside the base layer's product on a second stream: "none", "shrink_first" or "product_first".
     """
 
     block_k: int = 512
-    max_splits: int = 8
-    shrink_waves: int = 8
+    split_shift: int = 3
+    target_log2: int = 9
+    shrink_waves: int = 6
     shrink_warps: int = 4
+    shrink_registers: int = 0
     stages: int = 3
-    block_n: int = 256
+    row_n: int = 512
+    block_n: int = 128
     expand_waves: int = 8
-    expand_warps: int = 4
+    expand_warps: int = 2
+    expand_registers: int = 0
     pdl: bool = False
-    overlap: bool = False
+    overlap: str = "none"
     prefill_block_k: int = 128
     prefill_splits: int = 2
     prefill_stages: int = 3
@@ -40,31 +49,66 @@ class LoraConfig:
     prefill_expand_warps: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """How the attention kernels are launched.
+
+    `block_n` keys a tile for heads of up to 128 two-byte elements, fewer for wider ones. A context is split over
+    programs only where every part has `min_split` tokens, and into at most as many parts as make `waves` programs a
+    multiprocessor.
+    """
+
+    block_n: int = 64
+    stages: int = 3
+    warps: int = 4
+    min_split: int = 128
+    waves: int = 4
+    prefill_block_m: int = 128
+    prefill_block_n: int = 64
+    prefill_stages: int = 2
+    prefill_warps: int = 8
+
+
 DEFAULT = LoraConfig()
+DEFAULT_ATTENTION = AttentionConfig()
+_Config = TypeVar("_Config", LoraConfig, AttentionConfig)
+
+
+def lora_config(num_tokens: int, decode: bool) -> LoraConfig:
+    """The configuration for a batch of `num_tokens` rows."""
+    return _pick("lora", DEFAULT, num_tokens if decode else _LARGEST)
+
+
+def attention_config(num_sequences: int) -> AttentionConfig:
+    """The configuration for `num_sequences` decoding sequences."""
+    return _pick("attention", DEFAULT_ATTENTION, num_sequences)
+
+
+_LARGEST = 1 << 30
+
+
+def _pick(kind: str, default: _Config, size: int) -> _Config:
+    if not torch.cuda.is_available():
+        return default
+    return _pick_on_device(torch.cuda.current_device(), kind, default, size)
+
+
+@functools.lru_cache(maxsize=2048)
+def _pick_on_device(device: int, kind: str, default: _Config, size: int) -> _Config:
+    """The entry for the smallest size that is not under `size`, else the largest."""
+    table = _table(device, kind)
+    known = {f.name for f in fields(default)}
+    if not table:
+        return default
+    fitting = [entry for entry in table if entry >= size]
+    values = table[min(fitting) if fitting else max(table)]
+    return replace(default, **{name: value for name, value in values.items() if name in known})
 
 
 @functools.cache
-def _tables(device_index: int) -> dict[int, LoraConfig]:
-    """{largest token count: config} of the current device, empty if it has no table."""
-    major, minor = torch.cuda.get_device_capability(device_index)
-    path = Path(__file__).parent / "tuned" / f"lora_sm{major}{minor}.json"
+def _table(device: int, kind: str) -> dict[int, dict[str, Any]]:
+    major, minor = torch.cuda.get_device_capability(device)
+    path = Path(__file__).parent / "tuned" / f"{kind}_sm{major}{minor}.json"
     if not path.is_file():
         return {}
-    known = {f.name for f in fields(LoraConfig)}
-    table = json.loads(path.read_text())["configs"]
-    return {
-        int(tokens): replace(DEFAULT, **{k: v for k, v in entry.items() if k in known})
-        for tokens, entry in table.items()
-    }
-
-
-@functools.lru_cache(maxsize=1024)
-def lora_config(num_tokens: int, decode: bool) -> LoraConfig:
-    """The configuration for a batch of `num_tokens` rows."""
-    if not torch.cuda.is_available():
-        return DEFAULT
-    table = _tables(torch.cuda.current_device())
-    if not table:
-        return DEFAULT
-    fitting = [tokens for tokens in table if tokens >= num_tokens]
-    return table[min(fitting) if fitting and decode else max(table)]
+    return {int(size): entry for size, entry in json.loads(path.read_text())["configs"].items()}

@@ -2,7 +2,7 @@
 
 Sections, in this order (capacities in `WorkCapacity`):
 
-    header [8]               row blocks, shrink units, rows, 0...
+    header [8]               row blocks, units, rows, log2 of units rounded up, row blocks of one row, their units, 0, 0
     blocks [blocks, 8]       first position in `rows`, rows, first position in `pages`, pages, first token row,
                              first page, second page (or the first again), 0
     units  [units, 8]        first page, first position in `rows`, rows, ordinal of the first page, first token row,
@@ -11,6 +11,7 @@ Sections, in this order (capacities in `WorkCapacity`):
     pages  [pages]           page numbers, adapter by adapter
 
 A row block is at most `block_rows` rows of one adapter; a unit is a row block times one group of its adapter's pages.
+Blocks of a single row, and their units, come first: kernels treat them as matrix-vector products.
 A record repeats what its list entries say, because a program that follows indices through memory waits at each of them.
 Kernels take their loop bounds from the header, so that a captured graph runs any batch whose token count fits.
 """
@@ -155,6 +156,9 @@ def build_work(
     blocks[:, 4] = rows[blocks[:, 0]]
     blocks[:, 5] = pages[blocks[:, 2]]
     blocks[:, 6] = pages[blocks[:, 2] + (blocks[:, 3] > 1)]
+    single = blocks[:, 1] == 1
+    blocks = blocks[np.argsort(~single, kind="stable")]
+    num_single = int(single.sum())
     block_units = -(-blocks[:, 3] // shape.unit_pages)
     units = np.zeros((int(block_units.sum()), RECORD), dtype=np.int32)
     unit_block = np.repeat(np.arange(blocks.shape[0]), block_units)
@@ -172,7 +176,10 @@ def build_work(
         data = torch.empty_like(host, device=device)
     flat = host.numpy()
     flat[:HEADER] = 0
-    flat[:3] = blocks.shape[0], units.shape[0], rows.size
+    flat[:6] = (
+        blocks.shape[0], units.shape[0], rows.size, max(0, units.shape[0] - 1).bit_length(), num_single,
+        int(block_units[:num_single].sum()),
+    )  # fmt: skip
     for at, part in (
         (capacity.rows_at, rows),
         (capacity.blocks_at, blocks),

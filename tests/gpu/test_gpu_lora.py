@@ -27,7 +27,9 @@ CONFIGS = {
     "tuned": None,
     "default": DEFAULT,
     "dependent launch": replace(DEFAULT, pdl=True, block_k=256, block_n=128),
-    "side stream": replace(DEFAULT, overlap=True, max_splits=16, block_n=512, expand_warps=8),
+    "side stream": replace(
+        DEFAULT, overlap="shrink_first", split_shift=4, block_n=256, row_n=1024, expand_warps=4
+    ),
 }
 
 
@@ -85,8 +87,8 @@ def test_any_rank_and_dtype(tokens: int, ranks: tuple[int, ...], dtype: torch.dt
     check(case, got, dtype)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_fused_linear_layer_equals_product_plus_delta(overlap: bool) -> None:
+@pytest.mark.parametrize("overlap", ["none", "shrink_first", "product_first"])
+def test_the_fused_linear_layer_equals_product_plus_delta(overlap: str) -> None:
     case = make_lora_case(40, (8, 16), "uniform", in_features=512, out_slices=(512,), dtype=torch.bfloat16,
                           device="cuda")  # fmt: skip
     weight = torch.randn(512, 512, dtype=torch.bfloat16, device="cuda") / 23
@@ -120,7 +122,7 @@ def test_one_graph_runs_every_mix_of_adapters(config: str) -> None:
 
     def run() -> None:
         assert batch.work is not None
-        if CONFIGS[config] is not None and CONFIGS[config].overlap:
+        if CONFIGS[config] is not None and CONFIGS[config].overlap != "none":
             static.add_(lora_triton.linear(
                 case.x, (weight, None), (case.a, case.b), batch, case.out_slices, CONFIGS[config]
             ))  # fmt: skip
