@@ -88,7 +88,8 @@ class ModelDriver:
         finally:
             del decoder.logits
         sampled = [item.seq.handle for item in batch.sequences if item.sample]
-        self.last_logits = dict(zip(sampled, seen[0].clone(), strict=True)) if seen else {}
+        # Logits of prompts that are scored come before those of the rows that sample.
+        self.last_logits = dict(zip(sampled, seen[-1].clone(), strict=True)) if sampled else {}
         return result
 
     def generate(self, sequences: list[Sequence], new_tokens: int) -> dict[int, list[int]]:

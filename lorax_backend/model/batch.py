@@ -27,6 +27,7 @@ class InputBatch:
         sampled_slots: int64 [R], their runner slots.
         logit_rows: int64 [R], token rows that sample; None if all T do.
         head_lora: the adapter rows of the logits, None if no sampled row's adapter changes lm_head.
+        scored: chunks of prompts whose log probabilities are wanted, with each one's first token row.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +38,7 @@ class InputBatch:
     sampled_slots: torch.Tensor | None
     logit_rows: torch.Tensor | None
     head_lora: LoraBatch | None
+    scored: list[tuple[ScheduledSequence, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -94,7 +96,16 @@ class BatchBuilder:
             sampled_slots=self.upload(slots) if sampling else None,
             logit_rows=None if all_rows else self.upload(query_start[1:][sampling].astype(np.int64) - 1),
             head_lora=head_lora,
+            scored=[
+                (item, int(query_start[index]))
+                for index, item in enumerate(items)
+                if item.seq.sampling.prompt_logprobs and item.start < item.seq.prompt_len
+            ],
         )
+
+    def head_lora(self, adapter_slot: int, rows: int) -> LoraBatch | None:
+        """The adapter rows of `rows` rows of logits that all belong to one adapter."""
+        return self._lora_batch(self._having(np.full(rows, adapter_slot, dtype=np.int32), LM_HEAD))
 
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         """A device tensor of a host array. On CUDA through pinned memory, which torch keeps until the copy is done."""

@@ -23,6 +23,7 @@ from lorax_backend.model.limits import (
     resolve_limits,
 )
 from lorax_backend.model.lora import page_layout
+from lorax_backend.model.prompt_scores import PromptScorer
 from lorax_backend.model.sampler import Drawn, sample
 from lorax_backend.model.sampling_plan import SamplingPlanner
 from lorax_backend.model.step import PendingStep
@@ -96,6 +97,8 @@ class TorchModelRunner:
         self._cache = self._make_cache()
         self.limits = fit_limits(self.limits, config, self._cache.num_blocks)
         self._builder = self._make_builder(self.limits.max_total_tokens)
+        # Sampling has as many rows of logits, so the memory for them is there.
+        self._scorer = PromptScorer(self._head, self.limits.max_num_seqs, self._builder.upload)
 
     @property
     def num_blocks(self) -> int:
@@ -105,6 +108,7 @@ class TorchModelRunner:
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Start one step; see `engine.protocols.ModelRunner.launch`."""
+        self._scorer.forget(batch.finished_slots)
         return self._step(self._builder.build(batch, self._last_token), self._cache)
 
     def info(self, load_seconds: float) -> EngineInfo:
@@ -135,7 +139,16 @@ class TorchModelRunner:
 
     def close(self) -> None:
         """Free the device memory; the runner cannot be used afterwards."""
-        for name in ("weights", "arena", "decoder", "_cache", "_builder", "_planner", "_last_token"):
+        for name in (
+            "weights",
+            "arena",
+            "decoder",
+            "_cache",
+            "_builder",
+            "_scorer",
+            "_planner",
+            "_last_token",
+        ):
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -155,6 +168,7 @@ class TorchModelRunner:
         hidden = self.decoder.forward(
             inputs.input_ids, inputs.positions, inputs.attention, inputs.lora, cache
         )
+        scores = self._score_prompts(inputs, hidden)
         if inputs.sampled_slots is None:
             return PendingStep.without_tokens(self.device)
         if inputs.logit_rows is not None:
@@ -162,7 +176,19 @@ class TorchModelRunner:
         logits = self.decoder.logits(hidden, inputs.head_lora)
         drawn = self._draw(logits, inputs)
         self._last_token.index_copy_(0, inputs.sampled_slots, drawn.ids)
-        return PendingStep.of(drawn, [item.seq.sampling.top_logprobs for item in inputs.sampled])
+        return PendingStep.of(drawn, [item.seq.sampling.top_logprobs for item in inputs.sampled], scores)
+
+    def _score_prompts(self, inputs: InputBatch, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Log probabilities of the prompts that this step completes, by the row that samples."""
+        scores = {}
+        for item, first in inputs.scored:
+            done = self._scorer.add(item, hidden[first : first + item.count])
+            if done is not None and item.sample and item.generated_index == 0:
+                scores[next(row for row, other in enumerate(inputs.sampled) if other is item)] = done
+        return scores
+
+    def _head(self, hidden: torch.Tensor, adapter_slot: int) -> torch.Tensor:
+        return self.decoder.logits(hidden, self._builder.head_lora(adapter_slot, len(hidden)))
 
     def _draw(self, logits: torch.Tensor, inputs: InputBatch) -> Drawn:
         plan = self._planner.plan(inputs.sampled, self._last_token, self._builder.upload)

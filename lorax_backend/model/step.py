@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ class PendingStep:
     top_logprobs: torch.Tensor | None = None
     top_ids: torch.Tensor | None = None
     wanted: Sequence[int | None] = ()
+    prompt_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
     copied: torch.cuda.Event | None = field(default=None)
 
     @classmethod
@@ -33,14 +34,21 @@ class PendingStep:
         return step
 
     @classmethod
-    def of(cls, drawn: Drawn, wanted: Sequence[int | None]) -> PendingStep:
-        """Start copying what was drawn to the host. `wanted` is `top_logprobs` of each row's request."""
+    def of(
+        cls,
+        drawn: Drawn,
+        wanted: Sequence[int | None],
+        prompt_logprobs: Mapping[int, torch.Tensor] | None = None,
+    ) -> PendingStep:
+        """Start copying what was drawn to the host. `wanted` is `top_logprobs` of each row's request,
+        `prompt_logprobs` float32 [prompt_len - 1] of some rows."""
         step = cls(
             _to_host(drawn.ids),
             _to_host(drawn.logprobs),
             _to_host(drawn.top_logprobs),
             _to_host(drawn.top_ids),
             wanted,
+            {row: _copied(scores) for row, scores in (prompt_logprobs or {}).items()},
         )
         if drawn.ids.is_cuda:
             step.copied = torch.cuda.Event()
@@ -57,6 +65,8 @@ class PendingStep:
         result = StepResult(self.ids.tolist(), [None] * rows, [None] * rows)
         if self.logprobs is not None:
             self._fill_logprobs(result, self.logprobs.tolist())
+        for row, scores in self.prompt_logprobs.items():
+            result.prompt_logprobs[row] = tuple(scores.tolist())
         return result
 
     def _fill_logprobs(self, result: StepResult, chosen: list[float]) -> None:
@@ -74,7 +84,11 @@ class PendingStep:
 
 
 def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    if tensor is None or not tensor.is_cuda:
+    return None if tensor is None else _copied(tensor)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
