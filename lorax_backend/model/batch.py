@@ -80,7 +80,7 @@ class BatchBuilder:
             np.int32
         )
         contexts = starts + counts
-        tables = self._block_tables([item.seq for item in items], -(-int(contexts.max()) // self.block_size))
+        tables = self.block_tables([item.seq for item in items], -(-int(contexts.max()) // self.block_size))
         blocks = tables[row_of_token, positions // self.block_size].astype(np.int64)
         slot_mapping = blocks * self.block_size + positions % self.block_size
         lora, head_lora = self._lora(items, counts)
@@ -103,9 +103,25 @@ class BatchBuilder:
             ],
         )
 
+    def head_batch(self, items: list[ScheduledSequence]) -> LoraBatch | None:
+        """The adapter rows of one row of logits for each of `items`."""
+        slots = np.array([item.seq.adapter_slot for item in items], dtype=np.int32)
+        return self._lora_batch(self._having(slots, LM_HEAD)) if (slots >= 0).any() else None
+
     def head_lora(self, adapter_slot: int, rows: int) -> LoraBatch | None:
         """The adapter rows of `rows` rows of logits that all belong to one adapter."""
         return self._lora_batch(self._having(np.full(rows, adapter_slot, dtype=np.int32), LM_HEAD))
+
+    def check_ids(self, ids: IntArray) -> None:
+        """A GPU would find an id out of range only in a kernel, and no step after that would run.
+
+        Raises:
+            ValueError: some of `ids` are no token of the model.
+        """
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise ValueError(
+                f"token ids {ids.min()} to {ids.max()} exceed the vocabulary of {self.vocab_size}"
+            )
 
     def upload(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         """A device tensor of a host array. On CUDA through pinned memory, which torch keeps until the copy is done."""
@@ -130,11 +146,7 @@ class BatchBuilder:
                 pending.append((int(query_start[index + 1]) - 1, item.seq.slot))
                 ids.append(0)
         array = np.array(ids, dtype=np.int32)
-        if array.min() < 0 or array.max() >= self.vocab_size:
-            # A GPU would find out in a kernel, and no step after that would run.
-            raise ValueError(
-                f"token ids {array.min()} to {array.max()} exceed the vocabulary of {self.vocab_size}"
-            )
+        self.check_ids(array)
         tensor = self.upload(array)
         if pending:
             places = np.array(pending, dtype=np.int64)
@@ -142,7 +154,7 @@ class BatchBuilder:
             tensor.index_copy_(0, self.upload(places[:, 0].copy()), drawn)
         return tensor
 
-    def _block_tables(self, sequences: list[Sequence], width: int) -> IntArray:
+    def block_tables(self, sequences: list[Sequence], width: int) -> IntArray:
         """int32 [S, width]: the first `width` blocks of each sequence, arbitrary beyond its end."""
         for seq in sequences:
             row = self._rows[seq.slot]

@@ -12,6 +12,7 @@ from lorax_backend.config import ServerConfig
 from lorax_backend.model.batch import BatchBuilder, InputBatch
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.decoder import Decoder
+from lorax_backend.model.graphs import DecodeGraphs, graph_sizes
 from lorax_backend.model.kv_cache import KvCache, block_bytes
 from lorax_backend.model.limits import (
     CudaMemory,
@@ -24,7 +25,7 @@ from lorax_backend.model.limits import (
 )
 from lorax_backend.model.lora import page_layout
 from lorax_backend.model.prompt_scores import PromptScorer
-from lorax_backend.model.sampler import Drawn, sample
+from lorax_backend.model.sampler import sample
 from lorax_backend.model.sampling_plan import SamplingPlanner
 from lorax_backend.model.step import PendingStep
 from lorax_backend.model.watermark import WatermarkSettings
@@ -99,6 +100,9 @@ class TorchModelRunner:
         self._builder = self._make_builder(self.limits.max_total_tokens)
         # Sampling has as many rows of logits, so the memory for them is there.
         self._scorer = PromptScorer(self._head, self.limits.max_num_seqs, self._builder.upload)
+        self._graphs: DecodeGraphs | None = None
+        if on_cuda and config.cuda_graphs:
+            self._graphs = self._capture(report)
 
     @property
     def num_blocks(self) -> int:
@@ -109,6 +113,8 @@ class TorchModelRunner:
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Start one step; see `engine.protocols.ModelRunner.launch`."""
         self._scorer.forget(batch.finished_slots)
+        if self._graphs is not None and self._graphs.accepts(batch):
+            return self._replay(batch.sequences, self._graphs)
         return self._step(self._builder.build(batch, self._last_token), self._cache)
 
     def info(self, load_seconds: float) -> EngineInfo:
@@ -135,11 +141,13 @@ class TorchModelRunner:
             weight_bytes=self.weights.nbytes,
             kv_cache_bytes=self._cache.nbytes,
             adapter_arena_bytes=self.arena.nbytes,
+            cuda_graph_batch_sizes=self._graphs.sizes if self._graphs is not None else (),
         )
 
     def close(self) -> None:
         """Free the device memory; the runner cannot be used afterwards."""
         for name in (
+            "_graphs",
             "weights",
             "arena",
             "decoder",
@@ -174,9 +182,19 @@ class TorchModelRunner:
         if inputs.logit_rows is not None:
             hidden = hidden.index_select(0, inputs.logit_rows)
         logits = self.decoder.logits(hidden, inputs.head_lora)
-        drawn = self._draw(logits, inputs)
-        self._last_token.index_copy_(0, inputs.sampled_slots, drawn.ids)
-        return PendingStep.of(drawn, [item.seq.sampling.top_logprobs for item in inputs.sampled], scores)
+        return self._draw(logits, inputs.sampled, inputs.sampled_slots, scores)
+
+    @torch.inference_mode()
+    def _capture(self, report: Progress) -> DecodeGraphs:
+        sizes = graph_sizes(self.limits.max_num_seqs)
+        return DecodeGraphs(self.decoder, self._cache, self._builder, self._last_token, sizes, report)
+
+    def _replay(self, items: list[ScheduledSequence], graphs: DecodeGraphs) -> PendingStep:
+        hidden, logits, slots = graphs.replay(items)
+        head_lora = self._builder.head_batch(items)
+        if head_lora is not None:
+            logits = self.decoder.logits(hidden, head_lora)
+        return self._draw(logits, items, slots, {})
 
     def _score_prompts(self, inputs: InputBatch, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
         """Log probabilities of the prompts that this step completes, by the row that samples."""
@@ -190,11 +208,19 @@ class TorchModelRunner:
     def _head(self, hidden: torch.Tensor, adapter_slot: int) -> torch.Tensor:
         return self.decoder.logits(hidden, self._builder.head_lora(adapter_slot, len(hidden)))
 
-    def _draw(self, logits: torch.Tensor, inputs: InputBatch) -> Drawn:
-        plan = self._planner.plan(inputs.sampled, self._last_token, self._builder.upload)
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        sampled: list[ScheduledSequence],
+        slots: torch.Tensor,
+        scores: dict[int, torch.Tensor],
+    ) -> PendingStep:
+        """Draw a token for each row of the logits, which are `sampled` in `slots`, and start the copy to the host."""
+        plan = self._planner.plan(sampled, self._last_token, self._builder.upload)
         drawn = sample(logits, plan)
         self._planner.count_drawn(plan, drawn.ids)
-        return drawn
+        self._last_token.index_copy_(0, slots, drawn.ids)
+        return PendingStep.of(drawn, [item.seq.sampling.top_logprobs for item in sampled], scores)
 
     def _make_builder(self, max_tokens: int) -> BatchBuilder:
         blocks = -(-max_tokens // self._config.block_size) + 1
