@@ -58,8 +58,24 @@ class ServerConfig:
     adapter_pages: int = _option(0, "pages of rank 8 in the device arena; 0: 64 on CPU, from memory on CUDA")
     adapter_memory_fraction: float = _option(0.1, "share of GPU memory for adapters when adapter_pages is 0")
     adapter_host_bytes: int = _option(4 << 30, "bytes of loaded adapters kept in host memory")
+    adapter_disk_cache: str = _option(
+        "", "folder of downloaded adapters; empty: hub_cache if set, else lorax-triton/adapters in the user's cache"
+    )
+    adapter_disk_bytes: int = _option(
+        64 << 30, "bytes of downloaded adapters kept on disk, least recently used out first; not in hub_cache"
+    )
+    max_adapter_bytes: int = _option(0, "largest adapter in bytes of its files; 0: twice adapter_host_bytes")
+    adapter_roots: str = _option(
+        "", "folders that adapter_source=local may read, separated by commas; empty: any folder"
+    )
+    allow_pickle_adapters: bool = _option(
+        False, "read adapter_model.bin too, as tensors only (torch.load, weights_only)"
+    )
+    adapter_auth_ttl_s: float = _option(
+        300.0, "seconds a source's word that a token may read an adapter holds; 0: ask for every request"
+    )
     default_adapter_source: str = _option(
-        "hub", "adapter_source of requests that name none", ("hub", "local")
+        "hub", "adapter_source of requests that name none", ("hub", "local", "s3", "pbase")
     )
     adapter_id: str = _option(
         "", "adapter of requests that name none; they get the base model with adapter_id=__base_model__"

@@ -24,14 +24,16 @@ class FinishReason(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """Which adapter a request names. Two requests share an adapter only if all three fields are equal.
+    """Which adapter a request names. Two requests share an adapter only if all fields are equal.
 
-    `id` is a hub repository id or a folder; `revision` is None for "whatever is current".
+    `id` is a hub repository id, a folder or an address; `revision` is None for "whatever is current". `generation`
+    is set by the engine alone: it grows when an adapter is reloaded, so that requests in flight keep their weights.
     """
 
     source: str
     id: str
     revision: str | None = None
+    generation: int = 0
 
     def __str__(self) -> str:
         return f"{self.source}:{self.id}" + (f"@{self.revision}" if self.revision else "")
@@ -129,7 +131,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's state, taken between steps."""
+    """A snapshot of the engine's state, taken between steps. `adapter_tiers` is the provider's whole `stats()`."""
 
     waiting: int = 0
     running: int = 0
@@ -147,6 +149,7 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    adapter_tiers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
