@@ -25,6 +25,7 @@ from lorax_triton._transport import (
     Tensor,
     Transport,
 )
+from lorax_triton.adapters import Adapters, AsyncAdapters
 from lorax_triton.aio import AsyncClient
 from lorax_triton.client import Client
 from lorax_triton.errors import (
@@ -60,8 +61,10 @@ from lorax_triton.types import (
     AlternativeToken,
     BatchRequest,
     BestOfSequence,
+    ClassifyResponse,
     DeployedModel,
     Details,
+    EmbedResponse,
     FinishReason,
     InputToken,
     MergedAdapters,
@@ -93,7 +96,9 @@ __all__ = [
     "AdapterNotFoundError",
     "AdapterTooLargeError",
     "AdapterUnauthorizedError",
+    "Adapters",
     "AlternativeToken",
+    "AsyncAdapters",
     "AsyncClient",
     "AsyncResponseStream",
     "AsyncTokenStream",
@@ -101,9 +106,11 @@ __all__ = [
     "BadRequestError",
     "BatchRequest",
     "BestOfSequence",
+    "ClassifyResponse",
     "Client",
     "DeployedModel",
     "Details",
+    "EmbedResponse",
     "EngineDeadError",
     "FinishReason",
     "GenerationError",

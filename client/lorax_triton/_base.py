@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Any
 from lorax_triton._channel import ChannelConfig, Tls, bearer_token, make_metadata, parse_base_url
 from lorax_triton._transport import InferRequest
 from lorax_triton._wire import ResponseDecoder, encode_control, encode_request
+from lorax_triton.metrics import metrics_address
 from lorax_triton.types import Parameters, Request
 
 # The model that generates, and the one to ask about it and to cancel at: an ensemble in front of it cannot do either.
 ENGINE_MODEL = "lorax"
 DEFAULT_TIMEOUT_S = 60.0
+# Commands that change something for everybody begin with one of these; they need the admin key.
+_GUARDED_COMMANDS = ("adapter_", "alias_")
 # A cancellation through a control request that nobody waits for.
 CANCEL_TIMEOUT_S = 5.0
 
@@ -81,7 +85,18 @@ class ClientBase:
         encoded = encode_request(request, self.model_name, request_id or new_request_id())
         return encoded, ResponseDecoder(request, encoded.request_id)
 
+    def _administer(self, admin_key: str | None, metrics_url: str | None) -> None:
+        """Take the options of everything but requests.
+
+        Raises:
+            ValueError: `metrics_url` is no http address.
+        """
+        self._admin_key = admin_key or os.environ.get("LORAX_ADMIN_KEY") or None
+        self.metrics_url = metrics_address(parse_base_url(self.base_url)[0], metrics_url)
+
     def _encode_control(self, command: str, arguments: Mapping[str, Any]) -> InferRequest:
+        if self._admin_key is not None and command.startswith(_GUARDED_COMMANDS):
+            arguments = {**arguments, "admin_key": self._admin_key}
         return encode_control(command, arguments, ENGINE_MODEL, new_request_id())
 
     def _limits(self, timeout: float | None, total_timeout: float | None) -> Limits:

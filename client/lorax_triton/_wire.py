@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorax_triton._transport import InferRequest, InferResponse, Tensor
-from lorax_triton.errors import IncompleteGenerationError, LoraxError, error_from_grpc
+from lorax_triton.errors import IncompleteGenerationError, LoraxError, ValidationError, error_from_grpc
 from lorax_triton.types import (
     AlternativeToken,
     BestOfSequence,
@@ -40,9 +40,10 @@ INPUTS = {
     "api_token": "BYTES",
     "return_tokens": "BOOL",
     "return_details": "BOOL",
+    "embedding_request": "BYTES",
     "control": "BYTES",
 }
-OUTPUTS = {"text_output": "BYTES", "tokens": "BYTES", "details": "BYTES"}
+OUTPUTS = {"text_output": "BYTES", "tokens": "BYTES", "details": "BYTES", "embedding": "FP32"}
 
 # These travel as tensors of their own, or only matter here.
 _NOT_IN_JSON = {
@@ -52,7 +53,10 @@ _NOT_IN_JSON = {
     "api_token",
     "details",
     "return_full_text",
+    "extra_parameters",
 }
+# Where the server's word for a parameter is another one.
+_SERVER_NAMES = {"queue_timeout": "queue_timeout_s"}
 
 
 def encode_request(request: Request, model_name: str, request_id: str) -> InferRequest:
@@ -71,6 +75,13 @@ def encode_request(request: Request, model_name: str, request_id: str) -> InferR
         values["messages"] = [json.dumps(list(request.messages), ensure_ascii=False)]
     elif request.input_ids is not None:
         values["input_ids"] = [int(token_id) for token_id in request.input_ids]
+    return encode_values(values, parameters, model_name, request_id)
+
+
+def encode_values(
+    values: dict[str, list[Any]], parameters: Parameters, model_name: str, request_id: str
+) -> InferRequest:
+    """The tensors of a request: `values` by tensor name, and what `parameters` add to them."""
     if parameters.adapter_id:
         revision = f"@{parameters.adapter_revision}" if parameters.adapter_revision else ""
         values["adapter_id"] = [parameters.adapter_id + revision]
@@ -79,7 +90,7 @@ def encode_request(request: Request, model_name: str, request_id: str) -> InferR
             values[name] = [getattr(parameters, name)]
     sampling = encode_sampling(parameters)
     if sampling:
-        values["sampling_parameters"] = [json.dumps(sampling, ensure_ascii=False)]
+        values["sampling_parameters"] = [_dump(sampling)]
     return _infer_request(values, model_name, request_id)
 
 
@@ -100,8 +111,15 @@ def encode_sampling(parameters: Parameters) -> dict[str, Any]:
             value = {key: item for key, item in asdict(value).items() if item is not None}
         elif name == "stop":
             value = list(value)
-        sampling[name] = value
-    return sampling
+        sampling[_SERVER_NAMES.get(name, name)] = value
+    return {**sampling, **(parameters.extra_parameters or {})}
+
+
+def _dump(sampling: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(sampling, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValidationError(f"a parameter cannot be written as JSON: {error}") from None
 
 
 def encode_control(
@@ -149,10 +167,10 @@ class ResponseDecoder:
             raise error_from_grpc(None, response.error, self._request_id)
         text = "".join(response.outputs.get("text_output", ()))
         self._text += text
-        tokens = [decode_token(_parse(item)) for item in response.outputs.get("tokens", ())]
+        tokens = [decode_token(parse_object(item)) for item in response.outputs.get("tokens", ())]
         details = response.outputs.get("details")
         if details:
-            self._details = _parse(details[0])
+            self._details = parse_object(details[0])
         elif response.final:
             raise self._incomplete("The server ended the answer without its details")
         self._shown += sum(len(token.text) for token in tokens if not token.special)
@@ -199,7 +217,7 @@ def decode_control(response: InferResponse | None, request_id: str) -> dict[str,
     details = None if response is None else response.outputs.get("details")
     if not details:
         raise IncompleteGenerationError(f"No answer to control request {request_id}")
-    return _parse(details[0])
+    return parse_object(details[0])
 
 
 def decode_token(fields: Mapping[str, Any]) -> Token:
@@ -265,7 +283,12 @@ def _best_of_sequence(fields: Mapping[str, Any]) -> BestOfSequence:
     )
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object that the server sent as text.
+
+    Raises:
+        IncompleteGenerationError: it is something else.
+    """
     try:
         value = json.loads(text)
     except ValueError as error:

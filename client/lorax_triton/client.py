@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack, overload
 
-from lorax_triton._base import CANCEL_TIMEOUT_S, DEFAULT_TIMEOUT_S, ClientBase
+from lorax_triton._base import DEFAULT_TIMEOUT_S
 from lorax_triton._channel import Tls
 from lorax_triton._grpc import GrpcTransport
-from lorax_triton._stream import TokenStream, finish
+from lorax_triton._options import AdapterOptions, Options, make_request
+from lorax_triton._progress import ProgressCallback
+from lorax_triton._session import Session
+from lorax_triton._stream import TokenStream
+from lorax_triton._tasks import TaskRequest, decode_classes, decode_embeddings
 from lorax_triton._transport import Transport
-from lorax_triton._wire import decode_control
+from lorax_triton.adapters import Adapters
+from lorax_triton.batch import BatchOptions, Prompt, make_items, run_batch
 from lorax_triton.errors import LoraxError
-from lorax_triton.types import MergedAdapters, Parameters, Request, Response, ResponseFormat
+from lorax_triton.metrics import fetch_metrics
+from lorax_triton.types import ClassifyResponse, EmbedResponse, MergedAdapters, Response, ResponseFormat
 
 
-class Client(ClientBase):
+class Client(Session):
     """A connection to a server; any number of threads may use it at once.
 
         with Client("localhost:8001") as client:
@@ -44,6 +48,8 @@ class Client(ClientBase):
         total_timeout: float | None = None,
         connect_timeout: float = 10.0,
         tls: Tls | bool | None = None,
+        admin_key: str | None = None,
+        metrics_url: str | None = None,
     ) -> None:
         """
         Args:
@@ -58,14 +64,19 @@ class Client(ClientBase):
             total_timeout: longest time for a whole answer in seconds; None sets no limit.
             connect_timeout: longest time for one connection attempt in seconds.
             tls: True or a `Tls` encrypts the connection.
+            admin_key: key for the commands of `adapters` that change something; None takes the environment variable
+                LORAX_ADMIN_KEY.
+            metrics_url: where `metrics` finds Triton's metrics; None is port 8002 of the same host.
 
         Raises:
             ValueError: the address or a time limit makes no sense.
         """
         super().__init__(base_url, headers, cookies, timeout, model_name, total_timeout)
+        self._administer(admin_key, metrics_url)
         config = self._channel_config(tls, connect_timeout, max_session_retries)
-        self._transport: Transport = GrpcTransport(config) if session is None else session
-        self._cancelling: set[threading.Thread] = set()
+        self._transport = GrpcTransport(config) if session is None else session
+        self._cancelling = set()
+        self.adapters = Adapters(self._control)
 
     def generate(  # noqa: PLR0913 - LoRAX's signature
         self,
@@ -92,16 +103,7 @@ class Client(ClientBase):
         decoder_input_details: bool = False,
         return_k_alternatives: int | None = None,
         details: bool = True,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | None = None,
-        adapter_revision: str | None = None,
-        frequency_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        min_new_tokens: int | None = None,
-        request_id: str | None = None,
-        timeout: float | None = None,
-        total_timeout: float | None = None,
+        **options: Unpack[Options],
     ) -> Response:
         """Generate text and return it whole.
 
@@ -130,15 +132,14 @@ class Client(ClientBase):
             decoder_input_details: also return the prompt's tokens and their log probabilities.
             return_k_alternatives: return this many of the likeliest tokens at each position.
             details: return the tokens and the facts about the answer in `Response.details`.
-            messages: chat messages, each with `role` and `content`.
-            input_ids: the prompt as token ids, used as they are.
-            adapter_revision: branch, tag or commit of the adapter.
-            frequency_penalty: -2 to 2; taken off a token's logit for each time the answer holds it.
-            presence_penalty: -2 to 2; taken off the logit of every token the answer holds.
-            min_new_tokens: tokens to generate before an end-of-sequence token counts.
-            request_id: name of the request on the server, for `cancel`; None makes up a UUID.
-            timeout: longest wait for the answer in seconds; None is the client's.
-            total_timeout: longest time for the answer, with retries, in seconds; None is the client's.
+            options: beyond LoRAX's, all by keyword:
+                `messages` (chat, a list of `role` and `content`) or `input_ids` (token ids) instead of `prompt`;
+                `request_id` (name of the request on the server, for `cancel`; a UUID unless given), `timeout` (longest
+                wait for the answer in seconds; else the client's), `total_timeout` (longest time with retries);
+                `adapter_revision` (branch, tag or commit), `frequency_penalty` and `presence_penalty` (-2 to 2),
+                `min_new_tokens`, `priority`, `queue_timeout` (longest wait in the server's queue in seconds),
+                `apply_chat_template`, `json_schema` (a schema instead of `response_format`) and `extra_parameters`
+                (sent as they are), all as in `Parameters`.
 
         Raises:
             ValidationError: a field is wrong; UnsupportedError if the server cannot do what it asks.
@@ -148,36 +149,33 @@ class Client(ClientBase):
             ServerConnectionError: the server cannot be reached.
             LoraxError: anything else.
         """
-        parameters = Parameters(
-            adapter_id=adapter_id,
-            adapter_source=adapter_source,
-            adapter_revision=adapter_revision,
-            merged_adapters=merged_adapters,
-            api_token=api_token,
-            do_sample=do_sample,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            ignore_eos_token=ignore_eos_token,
-            best_of=best_of,
-            repetition_penalty=repetition_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            return_full_text=return_full_text,
-            seed=seed,
-            stop=[] if stop_sequences is None else stop_sequences,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            truncate=truncate,
-            typical_p=typical_p,
-            watermark=watermark,
-            response_format=response_format,
-            decoder_input_details=decoder_input_details,
-            return_k_alternatives=return_k_alternatives,
-            details=details,
-        )
-        request = Request(prompt, parameters, False, messages, input_ids)
-        with self._open_stream(request, request_id, timeout, total_timeout) as stream:
+        arguments = {
+            "adapter_id": adapter_id,
+            "adapter_source": adapter_source,
+            "merged_adapters": merged_adapters,
+            "api_token": api_token,
+            "do_sample": do_sample,
+            "max_new_tokens": max_new_tokens,
+            "ignore_eos_token": ignore_eos_token,
+            "best_of": best_of,
+            "repetition_penalty": repetition_penalty,
+            "return_full_text": return_full_text,
+            "seed": seed,
+            "stop_sequences": stop_sequences,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "truncate": truncate,
+            "typical_p": typical_p,
+            "watermark": watermark,
+            "response_format": response_format,
+            "decoder_input_details": decoder_input_details,
+            "return_k_alternatives": return_k_alternatives,
+            "details": details,
+            **options,
+        }
+        request, call = make_request(prompt, arguments, stream=False)
+        with self._open_stream(request, call) as stream:
             return stream.response()
 
     def generate_stream(  # noqa: PLR0913 - LoRAX's signature
@@ -203,50 +201,106 @@ class Client(ClientBase):
         response_format: ResponseFormat | Mapping[str, Any] | None = None,
         details: bool = True,
         return_k_alternatives: int | None = None,
-        *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | None = None,
-        adapter_revision: str | None = None,
-        frequency_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        min_new_tokens: int | None = None,
-        request_id: str | None = None,
-        timeout: float | None = None,
-        total_timeout: float | None = None,
+        **options: Unpack[Options],
     ) -> TokenStream:
         """Generate text and return its tokens as they come.
 
         Arguments are those of `generate`; `timeout` is the longest wait for the next token. The request is sent at
         once. The errors of `generate` are raised by the iteration, at any token; bad arguments already here.
         """
-        parameters = Parameters(
-            adapter_id=adapter_id,
-            adapter_source=adapter_source,
-            adapter_revision=adapter_revision,
-            merged_adapters=merged_adapters,
-            api_token=api_token,
-            do_sample=do_sample,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            ignore_eos_token=ignore_eos_token,
-            repetition_penalty=repetition_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            return_full_text=return_full_text,
-            seed=seed,
-            stop=[] if stop_sequences is None else stop_sequences,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            truncate=truncate,
-            typical_p=typical_p,
-            watermark=watermark,
-            response_format=response_format,
-            return_k_alternatives=return_k_alternatives,
-            details=details,
-        )
-        request = Request(prompt, parameters, True, messages, input_ids)
-        return self._open_stream(request, request_id, timeout, total_timeout)
+        arguments = {
+            "adapter_id": adapter_id,
+            "adapter_source": adapter_source,
+            "merged_adapters": merged_adapters,
+            "api_token": api_token,
+            "do_sample": do_sample,
+            "max_new_tokens": max_new_tokens,
+            "ignore_eos_token": ignore_eos_token,
+            "repetition_penalty": repetition_penalty,
+            "return_full_text": return_full_text,
+            "seed": seed,
+            "stop_sequences": stop_sequences,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "truncate": truncate,
+            "typical_p": typical_p,
+            "watermark": watermark,
+            "response_format": response_format,
+            "return_k_alternatives": return_k_alternatives,
+            "details": details,
+            **options,
+        }
+        request, call = make_request(prompt, arguments, stream=True)
+        return self._open_stream(request, call)
+
+    @overload
+    def embed(self, inputs: str, **options: Unpack[AdapterOptions]) -> EmbedResponse: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def embed(self, inputs: Sequence[str], **options: Unpack[AdapterOptions]) -> list[EmbedResponse]: ...
+
+    def embed(
+        self, inputs: str | Sequence[str], **options: Unpack[AdapterOptions]
+    ) -> EmbedResponse | list[EmbedResponse]:
+        """The embedding of a text, or of each text of a list.
+
+        Args:
+            inputs: text, or list of texts.
+            options: `adapter_id`, `adapter_source`, `merged_adapters` and `api_token`, as in `generate`.
+
+        Raises:
+            UnsupportedError: the server's model makes no embeddings.
+            LoraxError: anything else, as in `generate`.
+        """
+        request = TaskRequest("embed", [inputs] if isinstance(inputs, str) else list(inputs), **options)
+        found = decode_embeddings(*self._task(request), request)
+        return found[0] if isinstance(inputs, str) else found
+
+    def classify(self, inputs: str, **options: Unpack[AdapterOptions]) -> ClassifyResponse:
+        """The entities in a text. Arguments and errors are those of `embed`."""
+        return (self.classify_batch([inputs], **options))[0]
+
+    def classify_batch(
+        self, inputs: Sequence[str], **options: Unpack[AdapterOptions]
+    ) -> list[ClassifyResponse]:
+        """The entities in each of several texts. Arguments and errors are those of `embed`."""
+        request = TaskRequest("classify", list(inputs), **options)
+        return decode_classes(*self._task(request), request)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        adapter_ids: str | Sequence[str | None] | None = None,
+        *,
+        concurrency: int = 16,
+        progress: bool | ProgressCallback = False,
+        return_exceptions: bool = True,
+        overload_retries: int = 8,
+        **arguments: Any,
+    ) -> list[Response | LoraxError]:
+        """Generate a text for each of many prompts over parallel streams.
+
+        Args:
+            prompts: texts; chats (lists of messages) and lists of token ids are understood too.
+            adapter_ids: one adapter for all prompts, or one for each.
+            concurrency: requests in flight at a time.
+            progress: True draws a progress bar on standard error (with tqdm or rich if installed, else lines, and
+                only on a terminal); a function is called with the number of prompts done and of all.
+            return_exceptions: keep the error of a failed prompt as its item of the result; False raises the first
+                one and cancels the rest.
+            overload_retries: how often a prompt is sent again, after growing pauses, if the server is full.
+            arguments: those of `generate`, for every prompt.
+
+        Returns:
+            A Response or a LoraxError for each prompt, in the order of the prompts.
+
+        Raises:
+            ValidationError: a prompt or an argument is wrong; nothing was sent.
+        """
+        options = BatchOptions(concurrency, progress, return_exceptions, overload_retries)
+        items = make_items(prompts, adapter_ids, arguments)
+        return run_batch(self._open_stream, items, options)
 
     def cancel(self, request_id: str) -> bool:
         """End a request of any client's; its caller gets RequestCancelledError. False if the server has no such
@@ -255,7 +309,7 @@ class Client(ClientBase):
         Raises:
             LoraxError: the server could not be asked.
         """
-        return bool(self._control("cancel", request_id=request_id).get("cancelled", False))
+        return bool(self._control("cancel", {"request_id": request_id}).get("cancelled", False))
 
     def info(self) -> dict[str, Any]:
         """Facts about the server that do not change: model, dtype, limits, kernels in use.
@@ -263,7 +317,7 @@ class Client(ClientBase):
         Raises:
             LoraxError: the server could not be asked.
         """
-        return self._control("info")
+        return self._control("info", {})
 
     def stats(self) -> dict[str, Any]:
         """What the engine is doing now: requests, KV blocks, adapters, token counts.
@@ -271,25 +325,29 @@ class Client(ClientBase):
         Raises:
             LoraxError: the server could not be asked.
         """
-        return self._control("stats")
+        return self._control("stats", {})
 
-    def adapters(self) -> list[dict[str, Any]]:
-        """The adapters the server knows: id, source, revision, status, rank, bytes and users of each.
+    def metrics(self, format: str = "prometheus") -> str | dict[str, Any]:
+        """The server's metrics, from Triton's metrics port.
+
+        Args:
+            format: "prometheus" for Prometheus' text, "json" for an object of metric families; see
+                `lorax_triton.metrics.parse_prometheus`.
 
         Raises:
-            LoraxError: the server could not be asked.
+            ValidationError: there is no such format.
+            ServerConnectionError: nothing answers at the client's `metrics_url`.
+            LoraxError: the answer is an error, or no metrics.
         """
-        return list(self._control("adapters").get("adapters", ()))
+        return fetch_metrics(self.metrics_url, format, self.timeout)
 
     def is_ready(self, timeout: float | None = None) -> bool:
         """True if the server answers within `timeout` seconds (None: the client's) that it serves the model."""
-        return self._transport.is_ready(self.model_name, timeout or self.timeout or DEFAULT_TIMEOUT_S)
+        return self._is_ready(timeout)
 
     def close(self) -> None:
         """Close the connection; streams that are still open are cancelled."""
-        for thread in list(self._cancelling):
-            thread.join()
-        self._transport.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -298,38 +356,3 @@ class Client(ClientBase):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _open_stream(
-        self, request: Request, request_id: str | None, timeout: float | None, total_timeout: float | None
-    ) -> TokenStream:
-        encoded, decoder = self._encode(request, request_id)
-        limits = self._limits(timeout, total_timeout)
-        source = self._transport.open_stream(encoded, limits.total)
-        on_abandon = (
-            (lambda: self._cancel_in_background(encoded.request_id)) if self._cancels_by_control else None
-        )
-        return TokenStream(source, decoder, encoded.request_id, limits.next_response, on_abandon)
-
-    def _control(self, command: str, **arguments: Any) -> dict[str, Any]:
-        request = self._encode_control(command, arguments)
-        source = self._transport.open_stream(request, self.total_timeout)
-        try:
-            return decode_control(source.receive(self.timeout), request.request_id)
-        finally:
-            finish(source)
-
-    def _cancel_in_background(self, request_id: str) -> None:
-        # Streams are given up in destructors too, which must not wait for a server.
-        thread = threading.Thread(target=self._cancel_quietly, args=(request_id,), name="lorax-client-cancel")
-        self._cancelling.add(thread)
-        thread.start()
-
-    def _cancel_quietly(self, request_id: str) -> None:
-        request = self._encode_control("cancel", {"request_id": request_id})
-        with contextlib.suppress(LoraxError, RuntimeError):
-            source = self._transport.open_stream(request, CANCEL_TIMEOUT_S)
-            try:
-                source.receive(CANCEL_TIMEOUT_S)
-            finally:
-                finish(source)
-        self._cancelling.discard(threading.current_thread())

@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 import lorax_triton
 from lorax_triton import AsyncClient, Client, MergedAdapters, Parameters
 from lorax_triton._base import ENGINE_MODEL
+from lorax_triton._tasks import TaskRequest, encode_task
 from lorax_triton._wire import INPUTS, OUTPUTS, encode_control, encode_request
 from lorax_triton.types import Request
 
@@ -155,7 +156,7 @@ _ERRORS = [
 ]
 _FINISH_REASONS = {"Length": "length", "EndOfSequenceToken": "eos_token", "StopSequence": "stop_sequence"}
 
-_DATATYPES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
+_DATATYPES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32", "TYPE_FP32": "FP32"}
 
 
 def _tensors(model: str, side: str) -> dict[str, str]:
@@ -207,6 +208,10 @@ def test_the_table_of_tensors_holds_what_the_encoder_sends() -> None:
     sent |= {
         name: tensor.datatype for name, tensor in encode_control("info", {}, "lorax", "r").inputs.items()
     }
+    sent |= {
+        name: tensor.datatype
+        for name, tensor in encode_task(TaskRequest("embed", ["x"]), None, "lorax", "r").inputs.items()
+    }
     assert sent == INPUTS
 
 
@@ -222,7 +227,7 @@ def test_positional_arguments_are_those_of_the_published_client(owner: type, met
         # What they demand we may leave to the caller; what they default to we must too.
         assert default is REQUIRED or positional[name] == default, name
     extra = [p for p in ours if p.name not in published]
-    assert all(p.default is not REQUIRED for p in extra)
+    assert all(p.default is not REQUIRED for p in extra if p.kind is not p.VAR_KEYWORD)
 
 
 @pytest.mark.parametrize("name", _FIELDS)
