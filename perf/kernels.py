@@ -19,7 +19,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ class Case:
         return max(moved / copy_gbs / 1e3, operations / tflops / 1e6)
 
 
-def graph_us(calls: list[object], rep: int) -> float:
+def graph_us(calls: list[Callable[[], object]], rep: int) -> float:
     """Median time of a graph that holds all calls, divided by their number."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -327,8 +328,8 @@ ATTENTION_SHAPES = [
 ATTENTION_CHOICES = [
     {"block_n": n, "stages": t, "warps": w, "min_split": m, "waves": v}
     for n, t, w, m, v in (
-        (64, 3, 4, 128, 4), (64, 2, 4, 128, 4), (32, 3, 4, 128, 8), (32, 3, 2, 128, 8), (32, 4, 2, 256, 8),
-        (64, 3, 2, 256, 4), (64, 3, 4, 256, 4), (128, 2, 4, 256, 4), (64, 2, 2, 512, 6), (32, 3, 4, 64, 8),
+        (64, 3, 4, 128, 4), (32, 3, 4, 128, 8), (32, 3, 2, 128, 8), (32, 4, 2, 256, 8), (64, 3, 4, 256, 4),
+        (64, 2, 4, 512, 6), (64, 3, 8, 128, 4), (32, 3, 4, 64, 8),
     )
 ]  # fmt: skip
 ATTENTION_PREFILL_CHOICES = [
@@ -343,7 +344,10 @@ class AttentionBench:
     def __init__(self, rep: int) -> None:
         self.rep = rep
 
-    def us(self, shape: tuple[int, int, int], config: AttentionConfig | None = None) -> float:
+    def call(
+        self, shape: tuple[int, int, int], config: AttentionConfig | None = None
+    ) -> list[Callable[[], torch.Tensor]]:
+        """Calls on two different caches, in turn."""
         count, queries, context = shape
         blocks = -(-context // 16)
         tables = np.random.default_rng(0).permutation(count * blocks).astype(np.int32).reshape(count, blocks)
@@ -355,11 +359,13 @@ class AttentionBench:
             np.zeros(count * queries, np.int64), "cuda",
         )  # fmt: skip
         q = torch.randn(count * queries, 32, 128, device="cuda").bfloat16()
-        calls = [
+        return [
             lambda c=c: attention_triton.paged_attention(q, c[0], c[1], batch, 128**-0.5, None, config)
             for c in caches * 2
         ]
-        return graph_us(calls, self.rep)
+
+    def us(self, shape: tuple[int, int, int], config: AttentionConfig | None = None) -> float:
+        return graph_us(self.call(shape, config), self.rep)
 
     def row(self, shape: tuple[int, int, int], config: AttentionConfig | None) -> dict[str, float]:
         """Decode in GB/s of keys and values, prefill in TFLOP/s."""
@@ -443,6 +449,14 @@ def warm(model: str, share: str, tuning: bool) -> None:
         ]
     for _, site, row, config in work[part::jobs]:
         Case(row, site, 1).check(config)
+    if tuning:
+        bench = AttentionBench(1)
+        choices = [(ATTENTION_PREFILL_CHOICES, (1, 64, 128))]
+        choices += [(ATTENTION_CHOICES, (count, 1, 40)) for count in (1, 8, 32, 128)]
+        pairs = [(shape, choice) for listed, shape in choices for choice in listed]
+        for shape, choice in pairs[part::jobs]:
+            with suppress(triton.runtime.errors.OutOfResources):
+                bench.call(shape, replace(DEFAULT_ATTENTION, **choice))[0]()
 
 
 def main() -> None:

@@ -1,0 +1,326 @@
+#!/usr/bin/env python3
+"""Runs the engine alone on one GPU with a random model of a real model's shape: is it right, and how fast?
+
+    python perf/gpu_smoke.py --shape llama3-8b
+
+Right: greedy tokens of a mixed batch equal those of single runs, and those with CUDA graphs equal those without. A
+token may differ only where the two best logits are as good as tied: each run is compared up to its first difference,
+which must lie at a step whose margin, relative to the logits' spread, is below `--tie`. Fast: milliseconds a decode
+step at 1 to 128 streams with no adapter, one, and a different one for each stream; prefill in tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "perf")]
+
+import numpy as np
+import torch
+from environment import environment
+
+from lorax_backend.config import ServerConfig
+from lorax_backend.model.runner import TorchModelRunner
+from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
+from lorax_backend.types import SamplingParams
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+    },
+    "llama3-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+MIXED_RANKS = (8, 16, 64, 12, 32)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def write_model(folder: Path, shape: str) -> Path:
+    """A config.json alone: weights are random."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "max_position_embeddings": 8192, "attention_bias": False, "mlp_bias": False,
+        "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | SHAPES[shape]))
+    return folder
+
+
+class Engine:
+    """A runner without scheduler: sequences in fixed block runs, adapters of random weights."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        settings = {"load_format": "dummy", "max_total_tokens": 4096, "max_batch_size": 128,
+                    "max_active_adapters": 160, "adapter_pages": 264, "prefix_caching": False} | options  # fmt: skip
+        started = time.monotonic()
+        self.runner = TorchModelRunner(ServerConfig(model_id=str(path), **settings), path)
+        self.start_seconds = time.monotonic() - started
+        self._handle = 0
+        self._next_block = 0
+        self._slots = list(range(self.runner.limits.max_num_seqs))
+        self.margins: dict[int, list[float]] = {}
+
+    def add_adapters(self, ranks: list[int], seed: int = 0) -> list[int]:
+        """Slots of adapters whose delta is of the size that training gives."""
+        arena, slots = self.runner.arena, []
+        generator = torch.Generator(device=arena.pages.device).manual_seed(seed)
+        scale = 2.0 * self.runner.model_config.hidden_size**-0.5
+        for rank in ranks:
+            slot = arena.allocate(rank)
+            assert slot is not None
+            pages = arena.slot_pages[slot][: -(-rank // 8)]
+            for index, page in enumerate(pages.tolist()):
+                arena.pages[page].normal_(generator=generator).mul_(scale)
+                if rank < 8 * (index + 1):  # rows beyond the true rank are zero
+                    for key in self.runner.layout.sites:
+                        self.runner.layout.a_view(arena.pages, key)[page, :, rank - 8 * index :] = 0
+            slots.append(slot)
+        for key in [key for key in self.runner.layout.sites if key == "lm_head"]:
+            self.runner.layout.a_view(arena.pages, key).zero_()  # the seven projections only
+        for kind in arena.site_kinds:
+            arena.slot_kinds[slots, arena.site_kinds.index(kind)] = kind != "lm_head"
+        return slots
+
+    def start(self, prompts: list[list[int]], adapters: list[int], length: int) -> list[Sequence]:
+        """Sequences with room for `length` tokens each."""
+        self._next_block, made = 0, []
+        block_size = self.runner.info(0.0).block_size
+        for row, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+            seq = Sequence(
+                self._handle, len(prompt), SamplingParams(max_new_tokens=length), None, 0, 0.0, list(prompt)
+            )
+            self._handle += 1
+            blocks = -(-(len(prompt) + length) // block_size)
+            if self._next_block + blocks > self.runner.num_blocks:
+                raise SystemExit(f"{self.runner.num_blocks} KV blocks are too few")
+            seq.block_table = list(range(self._next_block, self._next_block + blocks))
+            self._next_block += blocks
+            seq.slot, seq.adapter_slot = self._slots[row], adapter
+            made.append(seq)
+        return made
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        """All prompts, in steps of at most `max_batch_tokens`."""
+        budget, waiting = self.runner.limits.max_batch_tokens, list(sequences)
+        while waiting:
+            items, left = [], budget
+            while waiting and left:
+                seq = waiting[0]
+                count = min(left, len(seq.token_ids) - seq.num_computed)
+                last = seq.num_computed + count == len(seq.token_ids)
+                items.append(ScheduledSequence(seq, seq.num_computed, count, last))
+                seq.num_computed += count
+                left -= count
+                if last:
+                    waiting.pop(0)
+            items.sort(key=lambda item: item.count > 1)
+            result = self.runner.launch(ScheduledBatch(items, budget - left)).result()
+            for item, token in zip([i for i in items if i.sample], result.token_ids, strict=True):
+                item.seq.token_ids.append(token)
+
+    def decode(self, sequences: list[Sequence], steps: int) -> list[float]:
+        """Decode with one step ahead of the one that is read, as the engine does; milliseconds between reads."""
+        times: list[float] = []
+        handle = None
+        for step in range(steps + 1):
+            following = None
+            if step < steps:
+                items = [ScheduledSequence(seq, seq.num_computed, 1, True, step + 1) for seq in sequences]
+                for seq in sequences:
+                    seq.num_computed += 1
+                following = self.runner.launch(ScheduledBatch(items, len(items)))
+            if handle is not None:
+                for seq, token in zip(sequences, handle.result().token_ids, strict=True):
+                    seq.token_ids.append(token)
+                times.append(time.perf_counter())
+            handle = following
+        return [1e3 * (b - a) for a, b in pairwise(times)]
+
+    def generate(self, prompts: list[list[int]], adapters: list[int], length: int) -> list[list[int]]:
+        sequences = self.start(prompts, adapters, length)
+        self.prefill(sequences)
+        self.decode(sequences, length - 1)
+        return [seq.token_ids[seq.prompt_len :] for seq in sequences]
+
+    def margin(self, prompt: list[int], tokens: list[int], adapter: int, step: int) -> float:
+        """Gap between the two best logits of the `step`-th new token, over the standard deviation of all."""
+        sequences = self.start([prompt + tokens[:step]], [adapter], 1)
+        seen: list[torch.Tensor] = []
+        original = self.runner.decoder.logits
+        self.runner.decoder.logits = lambda hidden, lora: (
+            seen.append(original(hidden, lora)) or seen[-1].clone()
+        )
+        try:
+            self.prefill(sequences)
+        finally:
+            del self.runner.decoder.logits
+        best = seen[-1][-1].float()
+        top = best.topk(2).values
+        return float((top[0] - top[1]) / best.std())
+
+
+def compare(engine: Engine, name: str, runs: tuple[Any, Any], prompts: list[list[int]], adapters: list[int], tie: float
+            ) -> dict[str, Any]:  # fmt: skip
+    """Count equal runs, and those whose first difference is a near tie."""
+    equal = tied = 0
+    wrong = []
+    for row, (one, other) in enumerate(zip(*runs, strict=True)):
+        at = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+        if at is None:
+            equal += 1
+            continue
+        margin = engine.margin(prompts[row], one, adapters[row], at)
+        if margin < tie:
+            tied += 1
+        else:
+            wrong.append({"row": row, "step": at, "margin": margin})
+    report = {"check": name, "equal": equal, "first difference at a near tie": tied, "wrong": wrong}
+    print(report, flush=True)
+    return report
+
+
+def check(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    vocab = SHAPES[args.shape]["vocab_size"]
+    count, length = args.check_streams, args.check_tokens
+    prompts = [rng.integers(10, vocab, int(rng.integers(5, 300))).tolist() for _ in range(count)]
+    results = []
+    runs: dict[bool, Any] = {}
+    for graphs in (False, True):
+        engine = Engine(path, cuda_graphs=graphs)
+        slots = engine.add_adapters([MIXED_RANKS[i % 5] for i in range(count // 2)])
+        adapters = [slots[i // 2] if i % 2 else -1 for i in range(count)]
+        mixed = engine.generate(prompts, adapters, length)
+        singles = [engine.generate([p], [a], length)[0] for p, a in zip(prompts, adapters, strict=True)]
+        runs[graphs] = mixed
+        name = f"mixed batch equals single runs, graphs {'on' if graphs else 'off'}"
+        results.append(compare(engine, name, (mixed, singles), prompts, adapters, args.tie))
+        if graphs:
+            results.append(compare(engine, "graphs on equals graphs off", (runs[True], runs[False]), prompts, adapters,
+                                   args.tie))  # fmt: skip
+            distinct = len({tuple(tokens) for tokens in mixed})
+            print(
+                f"{distinct} different answers of {count}; start with graphs {engine.start_seconds:.1f} s",
+                flush=True,
+            )
+        engine.runner.close()
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    return results
+
+
+def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    engine = Engine(path)
+    info = engine.runner.info(engine.start_seconds)
+    print(
+        f"start {engine.start_seconds:.1f} s, {info.num_blocks} blocks, graphs {info.cuda_graph_batch_sizes}",
+        flush=True,
+    )
+    slots = engine.add_adapters([16] * 128)
+    vocab, rng = SHAPES[args.shape]["vocab_size"], np.random.default_rng(1)
+    decode, prefill = [], []
+    for count in args.streams:
+        for kind in ("base", "one adapter", "all distinct"):
+            if kind == "all distinct" and count == 1:
+                continue
+            adapters = {
+                "base": [-1] * count,
+                "one adapter": [slots[0]] * count,
+                "all distinct": slots[:count],
+            }[kind]
+            prompts = rng.integers(10, vocab, (count, 128)).tolist()
+            sequences = engine.start(prompts, adapters, args.steps + 1)
+            engine.prefill(sequences)
+            times = engine.decode(sequences, args.steps)
+            p50 = float(np.median(times))
+            decode.append({"streams": count, "adapters": kind, "ms_p50": p50, "ms_p99": float(np.percentile(times, 99)),
+                           "tokens_s": 1e3 * count / p50})  # fmt: skip
+            print(
+                f"decode {count:>4} {kind:<13} {p50:7.2f} ms (p99 {np.percentile(times, 99):.2f})", flush=True
+            )
+    for count in (8,):
+        for kind in ("base", "all distinct"):
+            adapters = [-1] * count if kind == "base" else slots[:count]
+            prompts = rng.integers(10, vocab, (count, 2048)).tolist()
+            engine.prefill(engine.start(prompts, adapters, 2))
+            sequences = engine.start(prompts, adapters, 2)
+            synchronize()
+            started = time.perf_counter()
+            engine.prefill(sequences)
+            synchronize()
+            rate = count * 2048 / (time.perf_counter() - started)
+            prefill.append({"streams": count, "adapters": kind, "tokens_s": rate})
+            print(f"prefill {count} x 2048 {kind:<13} {rate:,.0f} tokens/s", flush=True)
+    result = {"start_s": engine.start_seconds, "decode": decode, "prefill": prefill}
+    if args.profile:
+        profile(engine, slots)
+    engine.runner.close()
+    return result
+
+
+def profile(engine: Engine, slots: list[int]) -> None:
+    """Where a decode step's time goes: kernels of 64 streams, all distinct and base."""
+    for adapters in ([-1] * 64, slots[:64]):
+        sequences = engine.start([[5] * 128] * 64, adapters, 30)
+        engine.prefill(sequences)
+        engine.decode(sequences, 5)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            engine.decode(sequences, 10)
+            synchronize()
+        print(
+            recorded.key_averages().table(sort_by="cuda_time_total", row_limit=16, max_name_column_width=60),
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ints = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--shape", default="llama3-8b", choices=list(SHAPES))
+    parser.add_argument("--streams", type=ints, default=[1, 8, 32, 64, 128])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--check-streams", type=int, default=12)
+    parser.add_argument("--check-tokens", type=int, default=24)
+    parser.add_argument(
+        "--tie", type=float, default=0.02, help="largest relative margin that counts as a near tie"
+    )
+    parser.add_argument("--skip-check", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = write_model(Path("/tmp") / f"random-{args.shape}", args.shape)
+    report: dict[str, Any] = {"environment": environment(), "shape": args.shape,
+                              "command": " ".join(["python", "perf/gpu_smoke.py", *sys.argv[1:]])}  # fmt: skip
+    report["checks"] = [] if args.skip_check else check(path, args)
+    report |= measure(path, args)
+    (args.out / f"engine-{args.shape}.json").write_text(json.dumps(report, indent=1) + "\n")
+    if any(entry["wrong"] for entry in report["checks"]):
+        raise SystemExit("greedy tokens differ beyond near ties")
+
+
+if __name__ == "__main__":
+    main()
