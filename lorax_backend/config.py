@@ -44,7 +44,8 @@ class ServerConfig:
     queue_timeout_s: float = _option(
         0.0, "seconds a request may wait to be scheduled before it is refused; 0: for ever"
     )
-    max_best_of: int = _option(2, "answers a request may have drawn at once (best_of, n)")
+    max_best_of: int = _option(2, "answers a request may have drawn to return the best (best_of)")
+    max_n: int = _option(16, "answers a request may have returned (n)")
     max_stop_sequences: int = _option(4, "stop strings a request may name")
     max_prompt_bytes: int = _option(1 << 20, "largest prompt in bytes of UTF-8, checked before tokenization")
     block_size: int = _option(16, "tokens in a KV block")
@@ -59,7 +60,8 @@ class ServerConfig:
     adapter_memory_fraction: float = _option(0.1, "share of GPU memory for adapters when adapter_pages is 0")
     adapter_host_bytes: int = _option(4 << 30, "bytes of loaded adapters kept in host memory")
     adapter_disk_cache: str = _option(
-        "", "folder of downloaded adapters; empty: hub_cache if set, else lorax-triton/adapters in the user's cache"
+        "",
+        "folder of downloaded adapters; empty: hub_cache if set, else lorax-triton/adapters in the user's cache",
     )
     adapter_disk_bytes: int = _option(
         64 << 30, "bytes of downloaded adapters kept on disk, least recently used out first; not in hub_cache"

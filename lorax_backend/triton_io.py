@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lorax_backend.errors import LoraxError, ValidationError, error_from_dict
-from lorax_backend.serving.parameters import RawRequest
+from lorax_backend.serving.given import RawRequest
 from lorax_backend.tensors import BY_INPUT_NAME, OUTPUT_FLAGS, OUTPUTS, TensorSpec
 from lorax_backend.types import GenerateRequest, GenerationEvent, Token
 

@@ -198,6 +198,7 @@ class GenerateRequest:
     n: int = 1
     best_of: int = 1
     queue_timeout_s: float | None = None
+    guideline: str | None = None
 
 
 @dataclass(slots=True)

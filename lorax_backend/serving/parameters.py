@@ -1,82 +1,24 @@
-"""From what a caller sent to a `GenerateRequest`: names, precedence, types, ranges and combinations.
+"""From what a caller sent to a `GenerateRequest`: ranges and combinations.
 
-Precedence: input tensor, then the `sampling_parameters` JSON, then request parameter, then default. Everything that
-can be checked without a tokenizer is checked here, and all problems of a request are reported together.
+Everything that can be checked without a tokenizer is checked here, and all problems of a request are reported together.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field
 from typing import Any
 
 from lorax_backend.config import ServerConfig
-from lorax_backend.errors import UnsupportedError, ValidationError
+from lorax_backend.errors import ValidationError
+from lorax_backend.serving.adapter_fields import read_adapter
 from lorax_backend.serving.chat import validate_messages
-from lorax_backend.serving.schema import BY_NAME, PROMPT_PARAMETERS, Parameter, load_json, shorten
-from lorax_backend.types import BASE_MODEL_ID, AdapterRef, GenerateRequest, OutputOptions, SamplingParams
+from lorax_backend.serving.constraint import read_constraint
+from lorax_backend.serving.given import Given, RawRequest, collect
+from lorax_backend.serving.schema import shorten
+from lorax_backend.types import GenerateRequest, OutputOptions, SamplingParams
 
-SAMPLING_JSON = "sampling_parameters"
-ADAPTER_SOURCES = ("hub", "local")
-# Keys that clients and gateways send along and that ask for nothing.
-_HARMLESS = frozenset(
-    {"model", "user", "id", "request_id", "metadata", "service_tier", "store", "headers", "authorization"}
-    | {"traceparent", "tracestate", "timeout", "sequence_id", "sequence_start", "sequence_end"}
-    | {
-        "binary_data_output",
-        "host",
-        "accept",
-        "connection",
-        "cookie",
-        "te",
-        "origin",
-        "referer",
-        "via",
-        "forwarded",
-    }
-)
-_PROMPT_NAMES = frozenset(parameter.name for parameter in PROMPT_PARAMETERS)
 # Below this a division of the logits overflows; the distribution is a single token long before.
 _GREEDY_TEMPERATURE = 1e-5
-
-
-@dataclass(slots=True)
-class RawRequest:
-    """A request as it arrived.
-
-    `fields` holds the input tensors given, by name, as plain values: str, bool, int, float or lists of them.
-    `parameters` holds Triton's request parameters. None values count as not given.
-    """
-
-    request_id: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Given:
-    """Values by canonical name, and the problems met on the way."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
-    problems: list[ValidationError] = field(default_factory=list)
-
-    def report(self, message: str) -> None:
-        self.problems.append(ValidationError(message))
-
-    def label(self, name: str) -> str:
-        """The field's name as the caller wrote it."""
-        return self.labels.get(name, name)
-
-    def raise_problems(self) -> None:
-        if not self.problems:
-            return
-        kind = (
-            UnsupportedError
-            if all(isinstance(p, UnsupportedError) for p in self.problems)
-            else ValidationError
-        )
-        raise kind("; ".join(problem.message for problem in self.problems))
+_BIAS_LIMIT = 100.0
 
 
 def parse_request(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
@@ -86,7 +28,7 @@ def parse_request(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
         ValidationError: naming every field that is unknown, of the wrong type, out of range or in conflict.
         UnsupportedError: every problem is a feature this server does not have.
     """
-    given = _collect(raw)
+    given = collect(raw)
     values = given.values
     prompt = _read_prompt(given, config)
     sampling = _read_sampling(given)
@@ -98,7 +40,9 @@ def parse_request(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
         )
     if any(not text for text in stop):
         given.report(f"{given.label('stop_words')}: a stop string must not be empty")
-    adapter = _read_adapter(given, config)
+    n, best_of = _read_sequences(given, config, sampling)
+    read_constraint(given)
+    adapter = read_adapter(given, config)
     given.raise_problems()
     return GenerateRequest(
         request_id=raw.request_id,
@@ -117,12 +61,16 @@ def parse_request(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
         outputs=_read_outputs(values),
         tools=values.get("tools"),
         include_stop_str_in_output=values.get("include_stop_str_in_output", True),
+        n=n,
+        best_of=best_of,
+        queue_timeout_s=values.get("queue_timeout_s") or config.queue_timeout_s or None,
+        guideline=values.get("guideline"),
     )
 
 
 def parse_prompt(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
     """Read only what decides the prompt's token ids; for the tokenizer model, whose requests may lack the rest."""
-    given = _collect(raw)
+    given = collect(raw)
     prompt = _read_prompt(given, config)
     given.raise_problems()
     values = given.values
@@ -133,90 +81,11 @@ def parse_prompt(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
         truncate=values.get("truncate"),
         add_special_tokens=values.get("add_special_tokens", True),
         tools=values.get("tools"),
+        guideline=values.get("guideline"),
     )
 
 
-def _collect(raw: RawRequest) -> _Given:
-    """Merge the three sources by precedence and convert every value."""
-    given = _Given()
-    _take(given, {k: v for k, v in raw.fields.items() if k != SAMPLING_JSON}, "")
-    text = raw.fields.get(SAMPLING_JSON, raw.parameters.get(SAMPLING_JSON))
-    if text is not None and text != "":
-        try:
-            parsed = load_json(text, SAMPLING_JSON) if isinstance(text, str) else text
-        except ValidationError as error:
-            given.problems.append(error)
-        else:
-            if isinstance(parsed, dict):
-                _take(given, parsed, f" (in {SAMPLING_JSON})")
-            else:
-                given.report(f"{SAMPLING_JSON}: expected a JSON object, got {shorten(parsed)}")
-    _take(given, {k: v for k, v in raw.parameters.items() if k != SAMPLING_JSON and not _is_foreign(k)}, "")
-    return given
-
-
-def _is_foreign(name: str) -> bool:
-    """Request parameters that the server or a proxy added: forwarded headers and Triton's own."""
-    header = "-" in name and name.replace("-", "_") not in BY_NAME
-    return header or name.startswith("triton_")
-
-
-def _take(given: _Given, source: dict[str, Any], where: str) -> None:
-    """Add the values of one source for the names that no source before it gave."""
-    taken: dict[str, tuple[str, Any]] = {}
-    for name, value in source.items():
-        parameter = BY_NAME.get(name)
-        if parameter is None:
-            if name not in _HARMLESS:
-                given.report(_unknown(name, where))
-            continue
-        if value is None:
-            continue
-        if where and parameter.name in _PROMPT_NAMES:
-            given.report(f"{name}{where}: not a sampling parameter; send it as an input tensor")
-            continue
-        if parameter.name in given.labels:  # a source before this one gave it
-            continue
-        if parameter.name in taken and taken[parameter.name][1] != value and parameter.neutral is None:
-            given.report(
-                f"{name}{where}: also given as {taken[parameter.name][0]} with another value; give one"
-            )
-            continue
-        taken[parameter.name] = (name, value)
-        _convert(given, parameter, value, f"{name}{where}")
-    for name, (used, _) in taken.items():
-        given.labels.setdefault(name, f"{used}{where}")
-
-
-def _convert(given: _Given, parameter: Parameter, value: Any, label: str) -> None:
-    try:
-        if parameter.name == "response_format":
-            value = _response_format(value, label)
-        if parameter.name == "logprobs" and isinstance(value, bool):
-            if not value:
-                return
-            value = 0  # the OpenAI chat API asks with true
-        if parameter.name == "return_k_alternatives" and value == 0:
-            return
-        result = parameter.read(value, label)
-    except ValidationError as error:
-        given.problems.append(error)
-    else:
-        given.values[parameter.name] = result
-
-
-def _response_format(value: Any, label: str) -> Any:
-    """A response format of type "text" asks for nothing, whatever else it holds."""
-    parsed = load_json(value, label) if isinstance(value, str) and value else value
-    return None if isinstance(parsed, dict) and parsed.get("type") == "text" else parsed
-
-
-def _unknown(name: str, where: str) -> str:
-    near = difflib.get_close_matches(name.lower(), list(BY_NAME), n=1)
-    return f"{shorten(name)}{where}: unknown parameter" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _read_prompt(given: _Given, config: ServerConfig) -> dict[str, Any]:
+def _read_prompt(given: Given, config: ServerConfig) -> dict[str, Any]:
     """Exactly one of the three forms of a prompt, within the size limit."""
     values = given.values
     names = [name for name in ("text_input", "messages", "input_ids") if name in given.labels]
@@ -266,14 +135,14 @@ def _utf8_length(value: Any) -> int:
     return total
 
 
-def _read_sampling(given: _Given) -> SamplingParams:
+def _read_sampling(given: Given) -> SamplingParams:
     """The sampling parameters. Any parameter that shapes a distribution switches sampling on; temperature 0 wins."""
     values = given.values
     temperature = values.get("temperature")
     greedy = temperature is not None and temperature < _GREEDY_TEMPERATURE
     top_k = max(values.get("top_k", 0), 0)
-    top_p = values.get("top_p", 1.0)
-    shaped = temperature is not None or top_k > 0 or top_p < 1.0
+    top_p, typical_p = values.get("top_p", 1.0), values.get("typical_p", 1.0)
+    shaped = temperature is not None or top_k > 0 or top_p < 1.0 or typical_p < 1.0
     max_tokens = values.get("max_tokens", 0)
     min_tokens = values.get("min_tokens", 0)
     if max_tokens and min_tokens > max_tokens:
@@ -287,7 +156,13 @@ def _read_sampling(given: _Given) -> SamplingParams:
         "logprobs" in values
         or alternatives > 0
         or any(values.get(name) for name in ("return_logprobs", "return_cumulative_logprob", "return_tokens"))
+        or values.get("best_of", 1) > 1  # the answers are compared by them
     )
+    if values.get("decoder_input_details") and values.get("stream"):
+        given.report(
+            f"{given.label('decoder_input_details')}: the prompt's tokens are not sent in streams; leave it out or set "
+            "stream to false"
+        )
     return SamplingParams(
         max_new_tokens=max_tokens,
         min_new_tokens=min_tokens,
@@ -301,37 +176,61 @@ def _read_sampling(given: _Given) -> SamplingParams:
         presence_penalty=values.get("presence_penalty", 0.0),
         top_logprobs=alternatives if logprobs_wanted else None,
         stop_token_ids=tuple(values.get("stop_token_ids") or ()),
+        typical_p=typical_p,
+        watermark=values.get("watermark", False),
+        logit_bias=_read_bias(given),
+        prompt_logprobs=values.get("decoder_input_details", False),
     )
 
 
-def _read_adapter(given: _Given, config: ServerConfig) -> AdapterRef | None:
-    """The adapter asked for; None for the base model."""
-    values = given.values
-    source = (values.get("adapter_source") or config.default_adapter_source).lower()
-    if source not in ADAPTER_SOURCES:
-        given.report(
-            f"{given.label('adapter_source')}: {shorten(source)} is not one of {', '.join(ADAPTER_SOURCES)}"
-        )
-    adapter_id = (values.get("adapter_id") or "").strip()
-    if adapter_id in ("", BASE_MODEL_ID):
-        return None
-    if _asks_for_merge(given):
-        given.report(
-            f"{given.label('adapter_id')} and {given.label('merged_adapters')}: both given; a request uses one adapter "
-            "or one merge"
-        )
-    revision: str | None = None
-    if source == "hub" and "@" in adapter_id:  # a folder's name may hold an @
-        adapter_id, revision = (part.strip() for part in adapter_id.rsplit("@", 1))
-        if not adapter_id or not revision:
+def _read_bias(given: Given) -> tuple[tuple[int, float], ...]:
+    bias = []
+    for key, value in (given.values.get("logit_bias") or {}).items():
+        label = f"{given.label('logit_bias')}[{shorten(key)}]"
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        if not str(key).isdecimal() or len(str(key)) > 9:
+            given.report(f"{label}: expected a token id as key")
+        elif number is None or not -_BIAS_LIMIT <= number <= _BIAS_LIMIT:
             given.report(
-                f"{given.label('adapter_id')}: expected id@revision, got {shorten(values['adapter_id'])}"
+                f"{label}: expected a number from -{_BIAS_LIMIT:g} to {_BIAS_LIMIT:g}, got {shorten(value)}"
             )
-    return AdapterRef(source, adapter_id, revision or None)
+        else:
+            bias.append((int(key), float(number)))
+    return tuple(bias)
 
 
-def _asks_for_merge(given: _Given) -> bool:
-    return "merged_adapters" in given.labels and "merged_adapters" not in given.values
+def _read_sequences(given: Given, config: ServerConfig, sampling: SamplingParams) -> tuple[int, int]:
+    """How many answers to return and how many to draw, by LoRAX's rules for best_of."""
+    n = given.values.get("n", 1)
+    best_of = given.values.get("best_of", n)
+    if n > config.max_n:
+        given.report(
+            f"{given.label('n')}: {n} answers, at most {config.max_n} are allowed (server option max_n)"
+        )
+    if best_of <= 1 or "best_of" not in given.values:
+        if best_of < n:
+            given.report(f"{given.label('best_of')}: {best_of} is less than {given.label('n')} {n}")
+        return n, best_of
+    label = given.label("best_of")
+    if best_of > config.max_best_of:
+        problem = (
+            f"{best_of} answers, at most {config.max_best_of} are allowed (server option max_best_of)"
+            if config.max_best_of > 1
+            else "not allowed on this server (its option max_best_of is 1); leave it out"
+        )
+        given.report(f"{label}: {problem}")
+    if best_of < n:
+        given.report(f"{label}: {best_of} is less than {given.label('n')} {n}")
+    if not sampling.do_sample:
+        given.report(f"{label}: more than one answer needs sampling; set do_sample, or temperature, top_k, top_p or "
+                     "typical_p")  # fmt: skip
+    if "seed" in given.values:
+        given.report(f"{label}: a seed makes all answers of best_of alike; leave {given.label('seed')} out")
+    if given.values.get("stream"):
+        given.report(
+            f"{label}: the best answer is known only at the end; set stream to false or leave best_of out"
+        )
+    return n, best_of
 
 
 def _wants_full_text(values: dict[str, Any]) -> bool:
@@ -349,7 +248,7 @@ def _read_outputs(values: dict[str, Any]) -> OutputOptions:
         cumulative_logprob=values.get("return_cumulative_logprob", False),
         num_input_tokens=values.get("return_num_input_tokens", False),
         num_output_tokens=values.get("return_num_output_tokens", False),
-        details=values.get("return_details", False),
+        details=values.get("return_details", False) or values.get("decoder_input_details", False),
     )
 
 

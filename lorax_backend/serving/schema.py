@@ -31,7 +31,7 @@ _KIND_WORDS = {
 class Parameter:
     """One parameter.
 
-    `kind` is a key of `_KIND_WORDS`. `low` and `high` bound numbers, inclusive unless `open_low`. A parameter with
+    `kind` is a key of `_KIND_WORDS`. `low` and `high` bound numbers, inclusive unless open. A parameter with
     `neutral` values is known but not supported: only those values, which ask for nothing, are accepted.
     """
 
@@ -43,6 +43,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     open_low: bool = False
+    open_high: bool = False
     remedy: str = ""
     neutral: tuple[Any, ...] | None = None
 
@@ -53,7 +54,7 @@ class Parameter:
         if self.low is not None:
             parts.append(f"{'above' if self.open_low else 'at least'} {self.low}")
         if self.high is not None:
-            parts.append(f"at most {self.high}")
+            parts.append(f"{'below' if self.open_high else 'at most'} {self.high}")
         return " and ".join(parts)
 
     def read(self, value: Any, label: str) -> Any:
@@ -73,7 +74,10 @@ class Parameter:
             ) from None
         if self.kind in ("int", "float"):
             too_low = self.low is not None and (result <= self.low if self.open_low else result < self.low)
-            if too_low or (self.high is not None and result > self.high):
+            too_high = self.high is not None and (
+                result >= self.high if self.open_high else result > self.high
+            )
+            if too_low or too_high:
                 remedy = f"; {self.remedy}" if self.remedy else ""
                 raise ValidationError(
                     f"{label}: {shorten(value)} is out of range, must be {self.range_text}{remedy}"
@@ -238,8 +242,16 @@ _SAMPLING_PARAMETERS = (
        remedy="use 0 to switch it off"),
     _P("top_p", "float", "sample among the likeliest tokens of this total probability; 1 is off", (), "1",
        low=0, high=1, open_low=True, remedy="use 1 to switch it off"),
-    _P("seed", "int", "seed of the random stream", ("random_seed",), "drawn by the server", low=0,
-       high=_UNSIGNED_64),
+    _P("typical_p", "float", "sample among the tokens nearest to the distribution's entropy, of this total probability",
+       (), "off", low=0, high=1, open_low=True, open_high=True, remedy="leave it out to switch it off"),
+    _P("seed", "int", "seed of the random stream; the i-th of n sequences uses seed + i", ("random_seed",),
+       "drawn by the server", low=0, high=_UNSIGNED_64),
+    _P("best_of", "int", "draw so many answers and return the one of the highest mean log probability per token", (),
+       "n", low=1, high=_INT_32),
+    _P("n", "int", "answers to return, each with its own index", ("num_return_sequences",), "1", low=1, high=_INT_32),
+    _P("watermark", "bool", "mark the text by favouring, after each token, a half of the vocabulary that the token "
+       "decides (watermark_gamma, watermark_delta)", (), "false"),
+    _P("logit_bias", "object", "JSON object, token id -> number from -100 to 100 added to its logit", (), "none"),
     _P("repetition_penalty", "float", "above 1 discourages tokens of the prompt and the answer", (), "1",
        low=0, open_low=True, remedy="use 1 to switch it off"),
     _P("frequency_penalty", "float", "subtracted once per occurrence in the answer", (), "0", low=-2, high=2),
@@ -253,9 +265,11 @@ _SAMPLING_PARAMETERS = (
 _ADAPTER_PARAMETERS = (
     _P("adapter_id", "text", "LoRA adapter: hub id, id@revision or folder; empty for the base model",
        ("lora_name",), "base model"),
-    _P("adapter_source", "text", "where adapter_id is looked up", (), "default_adapter_source"),
+    _P("adapter_source", "text", "hub, local, s3 or pbase", (), "default_adapter_source"),
+    _P("adapter_revision", "text", "revision of adapter_id; the same as id@revision", (), "the newest"),
     _P("api_token", "text", "token for a private adapter", (), "the server's own"),
-    _P("merged_adapters", "object", "merging adapters is", neutral=(None, "", {})),
+    _P("merged_adapters", "object", "merge of adapters: ids, weights, merge_strategy, density, majority_sign_method; "
+       "checked, and then refused: merging is not served yet", (), "none"),
 )  # fmt: skip
 
 _ANSWER_PARAMETERS = (
@@ -273,28 +287,35 @@ _ANSWER_PARAMETERS = (
     _P("return_token_ids", "bool", "ask for token_ids", (), "false"),
     _P("return_tokens", "bool", "ask for tokens", (), "false"),
     _P("return_details", "bool", "ask for details on the last response", ("details",), "false"),
+    _P("decoder_input_details", "bool", "the prompt's tokens with their log probabilities in details; not in streams",
+       ("prompt_logprobs",), "false"),
     _P("priority", "int", "higher runs first", (), "0", low=-_INT_32, high=_INT_32),
+    _P("queue_timeout_s", "float", "longest wait for the first step in seconds; after it the request is refused",
+       ("queue_timeout",), "the server's queue_timeout_s", low=0, open_low=True),
+    _P("guideline", "text", "text for chat templates that have a place for it", (), "none"),
+)  # fmt: skip
+
+# What the answer's form must be: `serving.constraint` checks these together.
+CONSTRAINT_PARAMETERS = (
+    _P("response_format", "object", 'JSON object of type "text", "json_object" or "json_schema"', (), "text"),
+    _P("schema", "any", "JSON schema of the answer", ("guided_json", "json_schema"), "none"),
+    _P("guided_regex", "text", "regular expression of the answer", (), "none"),
+    _P("guided_choice", "texts", "texts of which the answer is one", (), "none"),
+    _P("guided_grammar", "text", "grammar of the answer", (), "none"),
+    _P("tool_choice", "any", '"auto" and "none" leave the choice to the model', (), "auto"),
 )  # fmt: skip
 
 # Known to LoRAX, vLLM or TensorRT-LLM. Asking for one is an error that names it; it is never silently ignored.
 _UNSUPPORTED_PARAMETERS = (
-    _P("best_of", "int", "choosing among several answers is", ("n", "num_return_sequences", "beam_width"),
-       neutral=(None, 1), remedy="send the request several times with different seeds"),
-    _P("typical_p", "float", "typical sampling is", (), neutral=(None, 1), remedy="use top_p"),
     _P("min_p", "float", "min_p sampling is", (), neutral=(None, 0), remedy="use top_p"),
-    _P("watermark", "bool", "watermarking is", neutral=(None, False)),
-    _P("decoder_input_details", "bool", "log probabilities of the prompt are", ("prompt_logprobs",),
-       neutral=(None, False)),
-    _P("response_format", "object", "constrained output is", neutral=(None, "", {})),
-    _P("schema", "any", "constrained output is",
-       ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-        "guided_decoding_guide", "guided_decoding_guide_type"), neutral=(None, "")),
-    _P("tool_choice", "any", "forcing a tool call is", neutral=(None, "", "auto", "none")),
-    _P("logit_bias", "object", "biasing logits is", ("embedding_bias_words", "embedding_bias_weights"),
-       neutral=(None, "", {})),
+    _P("embedding_bias_words", "any", "biasing words is", ("embedding_bias_weights",), neutral=(None, "", []),
+       remedy="use logit_bias"),
     _P("bad_words", "texts", "forbidding words is", neutral=(None, "", [])),
     _P("length_penalty", "float", "beam search is", neutral=(None, 1)),
+    _P("beam_width", "int", "beam search is", neutral=(None, 1), remedy="use best_of"),
     _P("use_beam_search", "bool", "beam search is", neutral=(None, False)),
+    _P("structured_outputs", "any", "this form of constrained output is",
+       ("guided_decoding_guide", "guided_decoding_guide_type"), neutral=(None, ""), remedy="use response_format"),
     _P("skip_special_tokens", "bool", "special tokens in the text are", neutral=(None, True),
        remedy="ask for return_tokens, whose texts show them"),
     _P("embedding_request", "any", "embedding is", neutral=(None, "")),
@@ -303,7 +324,7 @@ _UNSUPPORTED_PARAMETERS = (
 
 PARAMETERS: tuple[Parameter, ...] = (
     *PROMPT_PARAMETERS, *_LENGTH_PARAMETERS, *_SAMPLING_PARAMETERS, *_ADAPTER_PARAMETERS, *_ANSWER_PARAMETERS,
-    *_UNSUPPORTED_PARAMETERS,
+    *CONSTRAINT_PARAMETERS, *_UNSUPPORTED_PARAMETERS,
 )  # fmt: skip
 
 BY_NAME: dict[str, Parameter] = {

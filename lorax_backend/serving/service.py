@@ -28,9 +28,10 @@ from lorax_backend.serving.answer import AnswerBuilder
 from lorax_backend.serving.cancellation import CancellationPoller
 from lorax_backend.serving.control import run_command
 from lorax_backend.serving.delivery import EventStream, LiveRequest, ResponseChannel, Sender
+from lorax_backend.serving.given import RawRequest
 from lorax_backend.serving.live_requests import LiveRequests
 from lorax_backend.serving.metrics import MetricsRegistry
-from lorax_backend.serving.parameters import RawRequest, parse_request
+from lorax_backend.serving.parameters import parse_request
 from lorax_backend.serving.prompt import Limits, prepare
 from lorax_backend.serving.service_metrics import ServiceMetrics
 from lorax_backend.serving.tokenizer import TokenizerPool

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lorax_backend.config import ServerConfig
 from lorax_backend.errors import UnsupportedError, ValidationError
+from lorax_backend.serving.given import RawRequest
 from lorax_backend.serving.parameter_reference import with_tables
-from lorax_backend.serving.parameters import RawRequest, parse_prompt, parse_request
+from lorax_backend.serving.parameters import parse_prompt, parse_request
 from lorax_backend.serving.schema import BY_NAME, PARAMETERS
 from lorax_backend.types import AdapterRef, GenerateRequest
 
@@ -163,19 +164,14 @@ def test_keys_that_clients_and_proxies_add_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "asks", "neutral"),
     [
-        ("best_of", 2, 1),
-        ("n", 3, "1"),
-        ("typical_p", 0.9, 1.0),
         ("min_p", 0.1, 0),
-        ("watermark", True, "false"),
-        ("decoder_input_details", True, False),
-        ("prompt_logprobs", 1, False),
+        ("beam_width", 4, 1),
         ("response_format", {"type": "json_object"}, {"type": "text"}),
         ("response_format", '{"type": "json_schema"}', '{"type": "text", "schema": {}}'),
         ("guided_json", "{}", None),
-        ("merged_adapters", {"ids": ["a", "b"]}, None),
-        ("logit_bias", {"5": 1}, {}),
-        ("tool_choice", "required", "auto"),
+        ("guided_regex", "a+", ""),
+        ("schema", {"type": "object"}, ""),
+        ("merged_adapters", {"ids": ["a", "b"]}, {}),
         ("use_beam_search", True, False),
         ("skip_special_tokens", False, True),
         ("embedding_request", "{}", None),
@@ -191,7 +187,7 @@ def test_a_feature_that_is_missing_is_named_and_its_neutral_value_passes(
 
 def test_unsupported_among_other_problems_is_a_validation_error() -> None:
     with pytest.raises(ValidationError) as caught:
-        parse(sampling_json(best_of=2, temperature=-1))
+        parse(sampling_json(min_p=0.5, temperature=-1))
     assert not isinstance(caught.value, UnsupportedError)
 
 

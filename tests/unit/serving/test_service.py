@@ -14,7 +14,7 @@ from fakes_serving import WAIT_S, FakeEngine, RecordingChannel
 
 from lorax_backend.config import ServerConfig
 from lorax_backend.errors import CancelledError, ShuttingDownError, ValidationError, error_from_dict
-from lorax_backend.serving.parameters import RawRequest
+from lorax_backend.serving.given import RawRequest
 from lorax_backend.serving.service import GenerationService
 from lorax_backend.serving.tokenizer import TokenizerPool
 from lorax_backend.types import EngineRequest, EngineStats, FinishReason, GenerateRequest, GenerationEvent
