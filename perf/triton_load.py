@@ -128,7 +128,9 @@ def report(title: str, facts: dict[str, str], runs: list[Run]) -> str:
         f"### {run.concurrency} at once\n\n`{run.command}`\n\n```\n{run.table}\n```" for run in runs
     )
     return (
-        f"# {title}\n\n{as_markdown(facts)}\n\nLatencies in milliseconds as p50 / p90 / p99.\n\n{table}\n\n"
+        f"# {title}\n\n{as_markdown(facts)}\n\nLatencies in milliseconds as p50 / p90 / p99. Requests with and without "
+        "an adapter ran\nside by side in the same batches; their tokens/s are shares of the whole.\n\n"
+        f"{table}\n\n"
         f"## perf_analyzer's own tables\n\nIts latency is that of whole requests.\n\n{raw}\n"
     )
 
