@@ -1,4 +1,4 @@
-"""The `lorax-triton` program: `serve` and `info`."""
+"""The `lorax-triton` program: `serve`, `gateway`, `chat`, `adapters` and `info`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lorax_backend.cli.adapters import add_adapters_words, run_adapters
+from lorax_backend.cli.chat import add_chat_words, run_chat
 from lorax_backend.cli.control import ServerUnreachableError, ask, info_rows, stats_rows
 from lorax_backend.cli.display import open_display, table
 from lorax_backend.cli.options import Parser, add_serve_flags, read_serve_options
@@ -27,6 +29,8 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add_serve_flags(serve)
+    add_chat_words(words)
+    add_adapters_words(words)
     info = words.add_parser("info", help="show what a running server is and does", allow_abbrev=False)
     info.add_argument(
         "--url", default="http://localhost:8000", help="Triton's HTTP address [http://localhost:8000]"
@@ -39,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 fine, 1 failed, 2 wrong usage, 128 + signal if interrupted early."""
     parser = build_parser()
     parsed = parser.parse_args(arguments)
-    return _serve(parsed) if parsed.word == "serve" else _info(parsed)
+    words = {"serve": _serve, "chat": run_chat, "adapters": run_adapters, "info": _info}
+    return words[parsed.word](parsed)
 
 
 def _serve(parsed: argparse.Namespace) -> int:
