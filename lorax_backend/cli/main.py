@@ -12,6 +12,7 @@ from lorax_backend.cli.adapters import add_adapters_words, run_adapters
 from lorax_backend.cli.chat import add_chat_words, run_chat
 from lorax_backend.cli.control import ServerUnreachableError, ask, info_rows, stats_rows
 from lorax_backend.cli.display import open_display, table
+from lorax_backend.cli.gateway import GatewayUsageError, add_gateway_flags, run_gateway
 from lorax_backend.cli.options import Parser, add_serve_flags, read_serve_options
 
 
@@ -29,6 +30,13 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add_serve_flags(serve)
+    gateway = words.add_parser(
+        "gateway",
+        help="start an HTTP gateway in front of running servers",
+        description="LoRAX's REST routes and OpenAI's over HTTP, in front of one or more Triton servers.",
+        allow_abbrev=False,
+    )
+    add_gateway_flags(gateway)
     add_chat_words(words)
     add_adapters_words(words)
     info = words.add_parser("info", help="show what a running server is and does", allow_abbrev=False)
@@ -43,8 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; its exit status: 0 fine, 1 failed, 2 wrong usage, 128 + signal if interrupted early."""
     parser = build_parser()
     parsed = parser.parse_args(arguments)
-    words = {"serve": _serve, "chat": run_chat, "adapters": run_adapters, "info": _info}
+    words = {"serve": _serve, "gateway": _gateway, "chat": run_chat, "adapters": run_adapters, "info": _info}
     return words[parsed.word](parsed)
+
+
+def _gateway(parsed: argparse.Namespace) -> int:
+    try:
+        return run_gateway(parsed)
+    except GatewayUsageError as error:
+        return _fail(str(error))
 
 
 def _serve(parsed: argparse.Namespace) -> int:

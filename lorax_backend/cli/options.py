@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, NoReturn
 
+from lorax_backend.cli.gateway import add_shared_flags, read_gateway_config
 from lorax_backend.config import ServerConfig, load_config
+from lorax_backend.gateway.config import DEFAULT_PORT, GatewayConfig
 
 _PREFIX = "config_"
 # LoRAX's other names of the same options.
@@ -21,8 +23,7 @@ _ALIASES = {"hub_cache": "--huggingface-hub-cache"}
 # Flags of LoRAX's launcher that this server does not have, so that the error can say so.
 _LORAX_ONLY = """
     adapter-cycle-time-s adapter-id adapter-source backend compile compile-batch-size
-    compile-max-batch-size compile-max-rank cors-allow-credentials cors-allow-header
-    cors-allow-method cors-allow-origin cors-expose-header disable-custom-kernels disable-sgmv
+    compile-max-batch-size compile-max-rank disable-custom-kernels disable-sgmv
     download-only eager eager-prefill embedding-dim env json-output master-addr master-port
     max-batch-prefill-tokens max-batch-total-tokens max-best-of max-waiting-tokens
     memory-wiggle-room merge-adapter-weights ngrok ngrok-authtoken ngrok-edge num-shard
@@ -40,7 +41,8 @@ class ServeOptions:
     config: ServerConfig
     parameters: dict[str, str]
     hostname: str
-    port: int | None
+    port: int
+    gateway: GatewayConfig | None
     triton_http_port: int
     grpc_port: int
     metrics_port: int
@@ -49,12 +51,13 @@ class ServeOptions:
 
     @property
     def ports(self) -> dict[str, int]:
-        """The ports tritonserver will listen on, by flag."""
-        return {
+        """The ports that will be listened on, by flag."""
+        ports = {
             "--triton-http-port": self.triton_http_port,
             "--grpc-port": self.grpc_port,
             "--metrics-port": self.metrics_port,
         }
+        return ports if self.gateway is None else ports | {"--port": self.port}
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,9 +138,11 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--port",
         type=_port,
+        default=DEFAULT_PORT,
         metavar="N",
-        help="HTTP gateway with LoRAX's routes; accepted, but not served yet",
+        help=f"HTTP gateway: LoRAX's routes and OpenAI's [{DEFAULT_PORT}]",
     )
+    group.add_argument("--no-gateway", action="store_true", help="serve Triton alone")
     group.add_argument(
         "--drain-timeout-s",
         type=int,
@@ -146,6 +151,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         help="longest wait for running requests at the end [90]",
     )
     group.add_argument("--verbose", action="store_true", help="show all of tritonserver's log")
+    add_shared_flags(parser)
     _add_config_flags(parser)
 
 
@@ -160,11 +166,13 @@ def read_serve_options(arguments: argparse.Namespace) -> ServeOptions:
         for name, value in vars(arguments).items()
         if name.startswith(_PREFIX) and value is not None
     }
+    config = load_config(given)
     options = ServeOptions(
-        config=load_config(given),
+        config=config,
         parameters=given,
         hostname=arguments.hostname,
         port=arguments.port,
+        gateway=None if arguments.no_gateway else _gateway(arguments, config),
         triton_http_port=arguments.triton_http_port,
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
@@ -174,6 +182,20 @@ def read_serve_options(arguments: argparse.Namespace) -> ServeOptions:
     if len(set(options.ports.values())) < len(options.ports):
         raise ValueError(f"{', '.join(options.ports)} must be different ports")
     return options
+
+
+def _gateway(arguments: argparse.Namespace, config: ServerConfig) -> GatewayConfig:
+    """The gateway in front of this very server."""
+    host = "127.0.0.1" if arguments.hostname in ("0.0.0.0", "::") else arguments.hostname
+    return read_gateway_config(
+        arguments,
+        triton_urls=(f"{host}:{arguments.grpc_port}",),
+        metrics_urls=(f"http://{host}:{arguments.metrics_port}/metrics",),
+        host=arguments.hostname,
+        port=arguments.port,
+        # Where the gateway checks administrators itself, the server need not know each of them.
+        backend_admin_key=config.admin_api_key,
+    )
 
 
 def taken_ports(options: ServeOptions) -> list[str]:

@@ -15,8 +15,11 @@ from types import FrameType
 
 from lorax_backend.cli.control import ServerUnreachableError, ask, info_rows
 from lorax_backend.cli.display import Display, Row, table
+from lorax_backend.cli.gateway import GatewayUsageError, check_libraries
 from lorax_backend.cli.log import progress_message, worth_showing
 from lorax_backend.cli.options import ServeOptions, taken_ports
+from lorax_backend.gateway.config import GatewayConfig
+from lorax_backend.gateway.process import GatewayProcess
 from lorax_backend.server.installation import ServerNotFoundError, find_tritonserver
 from lorax_backend.server.launch import ServerFailedError, ServerOptions, TritonServer
 from lorax_backend.server.repository import write_repository
@@ -47,6 +50,8 @@ class SignalForwarder:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._server: TritonServer | None = None
+        self._gateway: GatewayProcess | None = None
+        self._drain_timeout = 0.0
         self._ready = False
         self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.first_signal: int | None = None
@@ -59,6 +64,10 @@ class SignalForwarder:
     def attach(self, server: TritonServer) -> None:
         """From now on signals go to this server."""
         self._server = server
+
+    def attach_gateway(self, gateway: GatewayProcess, drain_timeout: float) -> None:
+        """From now on signals go to this gateway first."""
+        self._gateway, self._drain_timeout = gateway, drain_timeout
 
     def server_is_ready(self) -> None:
         """From now on the first signal drains instead of killing."""
@@ -80,10 +89,18 @@ class SignalForwarder:
                 continue
             if self._ready and not asked:
                 self._say("stopping: running requests may finish; a second signal ends them at once")
-                server.interrupt()
+                threading.Thread(target=self._drain, args=(server,), name="drain", daemon=True).start()
             else:
+                if self._gateway is not None:
+                    self._gateway.kill()
                 server.kill()
             asked = True
+
+    def _drain(self, server: TritonServer) -> None:
+        """First those who came through the gateway, so that their answers still find their way."""
+        if self._gateway is not None:
+            self._gateway.drain(self._drain_timeout)
+        server.interrupt()
 
 
 def serve(options: ServeOptions, display: Display) -> int:
@@ -114,6 +131,11 @@ def _check_machine(options: ServeOptions) -> None:
             f"the server's libraries are not installed ({', '.join(missing)}); "
             "run: pip install 'lorax-triton[server]'"
         )
+    if options.gateway is not None:
+        try:
+            check_libraries()
+        except GatewayUsageError as error:
+            raise ServeError(f"{error}, or leave the gateway out with --no-gateway") from error
     taken = taken_ports(options)
     if taken:
         raise ServeError(
@@ -150,6 +172,7 @@ def _run_server(folder: Path, options: ServeOptions, display: Display, forwarder
         ),
         on_line=watcher.on_line,
     )
+    gateway: GatewayProcess | None = None
     display.progress("starting tritonserver")
     server.start()
     forwarder.attach(server)
@@ -160,19 +183,39 @@ def _run_server(folder: Path, options: ServeOptions, display: Display, forwarder
             if forwarder.first_signal is not None:
                 return 128 + forwarder.first_signal
             raise ServeError(f"the server did not start: {error}") from error
-        forwarder.server_is_ready()
         watcher.loaded()
+        if options.gateway is not None:
+            gateway = _start_gateway(options.gateway, display, server, forwarder)
+        forwarder.server_is_ready()
         display.close()
         display.line(_ready_table(server, options))
         ended = server.wait()
     finally:
+        if gateway is not None:
+            gateway.kill()
         server.kill()
     if forwarder.first_signal is not None:
         display.line("stopped")
         return 0
+    if gateway is not None and gateway.died:
+        raise ServeError(f"the gateway ended by itself: {gateway.last_words}")
     raise ServeError(
         f"the server ended by itself (exit status {ended.returncode}): {ended.reason or 'no reason given'}"
     )
+
+
+def _start_gateway(
+    config: GatewayConfig, display: Display, server: TritonServer, forwarder: SignalForwarder
+) -> GatewayProcess:
+    # Without its gateway a server would look alive and be out of reach, so they end together.
+    gateway = GatewayProcess(config, display.line, server.kill)
+    display.progress("starting the gateway")
+    forwarder.attach_gateway(gateway, config.drain_timeout)
+    try:
+        gateway.start()
+    except RuntimeError as error:
+        raise ServeError(f"the gateway did not start: {error}") from error
+    return gateway
 
 
 class _LogWatcher:
@@ -208,19 +251,22 @@ def _ready_table(server: TritonServer, options: ServeOptions) -> str:
     except ServerUnreachableError as error:
         rows = [("model", options.config.model_id), ("details", f"not available: {error}")]
         title = f"lorax-triton {_version()} is ready"
-    rows.extend(_url_rows(server))
-    if options.port is not None:
-        rows.append(
-            (
-                "note",
-                f"nothing listens on --port {options.port}: the HTTP gateway is not part of this version",
-            )
-        )
+    rows.extend(_url_rows(server, options))
     return "\n" + table(title, rows) + "\n\nStop it with Ctrl-C.\n"
 
 
-def _url_rows(server: TritonServer) -> list[Row]:
+def _url_rows(server: TritonServer, options: ServeOptions) -> list[Row]:
+    host = server.http_address.rpartition(":")[0]
+    gateway = (
+        []
+        if options.gateway is None
+        else [
+            ("gateway", f"http://{host}:{options.port}  (LoRAX's REST, OpenAI's /v1, /docs)"),
+            ("playground", f"http://{host}:{options.port}/playground"),
+        ]
+    )
     return [
+        *gateway,
         ("gRPC", f"{server.grpc_address}  (lorax_triton.Client, tritonclient, perf_analyzer)"),
         ("HTTP", f"http://{server.http_address}/v2/models/lorax/generate"),
         ("metrics", f"http://{server.metrics_address}/metrics"),

@@ -50,7 +50,7 @@ def description(version: str) -> dict[str, Any]:
 def _operation(operation: Operation) -> dict[str, Any]:
     error: dict[str, Any] = {"application/json": {"schema": _ref(ErrorResponse.__name__)}}
     if operation.tag == "OpenAI":
-        error: dict[str, Any] = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}
+        error["application/json"]["schema"] = {"type": "object", "required": ["error"]}
     shown: dict[str, Any] = {
         "summary": operation.summary,
         "tags": [operation.tag],

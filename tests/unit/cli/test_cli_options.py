@@ -109,8 +109,8 @@ def test_the_same_port_twice_is_refused() -> None:
 
 
 def test_the_gateways_port_is_recorded() -> None:
-    assert read("--port", "8080").port == 8080
-    assert read().port is None
+    assert read("--port", "8081").port == 8081
+    assert read().port == 8080
 
 
 def test_a_port_somebody_listens_on_is_named_with_its_flag() -> None:

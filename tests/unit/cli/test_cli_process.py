@@ -29,9 +29,9 @@ class ServeProcess:
     """A running `lorax-triton serve`, and what it has printed."""
 
     def __init__(self, *flags: str) -> None:
-        self.http_port, grpc_port, metrics_port = free_ports(3, "127.0.0.1")
-        ports = ["--triton-http-port", "--grpc-port", "--metrics-port"]
-        numbers = [self.http_port, grpc_port, metrics_port]
+        self.http_port, grpc_port, metrics_port, self.gateway_port = free_ports(4, "127.0.0.1")
+        ports = ["--triton-http-port", "--grpc-port", "--metrics-port", "--port"]
+        numbers = [self.http_port, grpc_port, metrics_port, self.gateway_port]
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "lorax_backend.cli", "serve", "--hostname", "127.0.0.1"),

@@ -16,6 +16,7 @@ from lorax_backend.cli.display import PlainDisplay
 from lorax_backend.cli.main import build_parser, main
 from lorax_backend.cli.options import read_serve_options
 from lorax_backend.cli.serve import Interrupted, ServeError, serve
+from lorax_backend.gateway.config import GatewayConfig
 from lorax_backend.server.installation import ServerNotFoundError
 from lorax_backend.server.launch import ServerExit, ServerFailedError, ServerOptions
 
@@ -86,7 +87,9 @@ class Stage:
         self.servers.append(FakeServer(*arguments, **keywords))
         return self.servers[-1]
 
-    def serve(self, *flags: str) -> int:
+    def serve(self, *flags: str, gateway: bool = False) -> int:
+        if not gateway:
+            flags = (*flags, "--no-gateway")
         options = read_serve_options(build_parser().parse_args(["serve", *flags]))
         return serve(options, PlainDisplay(self.output))
 
@@ -188,14 +191,84 @@ def test_verbose_shows_the_whole_log(stage: Stage, monkeypatch: pytest.MonkeyPat
     assert "an error while loading" in stage.output.getvalue()
 
 
-def test_the_table_names_the_addresses_and_the_port_without_a_gateway(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+class FakeGateway:
+    """Plays a gateway's process; `log` holds what happens to it and, by its owner, to the server."""
+
+    failure = ""
+    dies = False
+    last_words = "it fell over"
+
+    def __init__(self, config: GatewayConfig, on_line, on_death) -> None:
+        self.config, self.died = config, False
+        self.calls: list[str] = []
+        self._on_death = on_death
+
+    def start(self) -> None:
+        if self.failure:
+            raise RuntimeError(self.failure)
+        if self.dies:
+            self.died = True
+            self._on_death()
+
+    def drain(self, timeout: float) -> None:
+        self.calls.append(f"drain {timeout:g}")
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+
+
+@pytest.fixture
+def gateways(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[FakeGateway]:
+    made: list[FakeGateway] = []
+
+    def make(*arguments) -> FakeGateway:
+        made.append(FakeGateway(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(serve_module, "GatewayProcess", make)
+    return made
+
+
+def test_the_gateway_gets_the_servers_addresses_and_is_drained_before_it(
+    stage: Stage, gateways: list[FakeGateway], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeServer, "signals_when_ready", (signal.SIGTERM,))
-    stage.serve("--port", "8080")
+    flags = ("--port", "8081", "--grpc-port", "9001", "--metrics-port", "9002", "--drain-timeout-s", "7")
+    assert stage.serve(*flags, "--cors-allow-origin", "https://a.example", gateway=True) == 0
+    (gateway,) = gateways
+    assert (gateway.config.port, gateway.config.triton_urls) == (8081, ("127.0.0.1:9001",))
+    assert gateway.config.metrics_urls == ("http://127.0.0.1:9002/metrics",)
+    assert gateway.config.cors.origins == ("https://a.example",)
+    assert gateway.calls[0] == "drain 7"
     text = stage.output.getvalue()
     assert FakeServer.grpc_address in text
-    assert "nothing listens on --port 8080" in text
+    assert ":8081/playground" in text
+
+
+def test_a_gateway_that_does_not_start_is_a_failure_with_its_reason(
+    stage: Stage, gateways: list[FakeGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGateway, "failure", "cannot listen on 0.0.0.0:8080")
+    with pytest.raises(ServeError, match=r"the gateway did not start: cannot listen on 0.0.0.0:8080"):
+        stage.serve(gateway=True)
+    assert stage.servers[0].calls == ["kill"]
+
+
+def test_a_gateway_that_dies_ends_the_server_with_its_last_words(
+    stage: Stage, gateways: list[FakeGateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGateway, "dies", True)
+    with pytest.raises(ServeError, match="the gateway ended by itself: it fell over"):
+        stage.serve(gateway=True)
+    assert stage.servers[0].calls[0] == "kill"
+
+
+def test_without_a_gateway_its_port_is_not_looked_at(stage: Stage) -> None:
+    with_it, without = (
+        read_serve_options(build_parser().parse_args(["serve", *flags])) for flags in ([], ["--no-gateway"])
+    )
+    assert "--port" in with_it.ports
+    assert "--port" not in without.ports
 
 
 @pytest.mark.parametrize(
