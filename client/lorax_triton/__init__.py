@@ -7,12 +7,14 @@
             print(response.token.text, end="")
 
 `Client` and `AsyncClient` have the calls, arguments, types and exceptions of the LoRAX client. `testing` has
-transports without a network. The environment variable LORAX_DEBUG_MODE logs what goes over the wire, without its text.
+transports without a network. `OpenAI` and `AsyncOpenAI` are the `openai` package's clients over the same gRPC. The
+environment variable LORAX_DEBUG_MODE logs what goes over the wire, without its text.
 """
 
 import logging
 import os
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from lorax_triton._channel import Tls
 from lorax_triton._stream import AsyncTokenStream, TokenStream
@@ -83,6 +85,10 @@ try:
 except PackageNotFoundError:  # imported out of a folder that was never installed
     __version__ = "unknown"
 
+if TYPE_CHECKING:
+    from lorax_triton.openai_shim import AsyncOpenAI as AsyncOpenAI
+    from lorax_triton.openai_shim import OpenAI as OpenAI
+
 _logger = logging.getLogger("lorax_triton")
 _logger.addHandler(logging.NullHandler())
 if os.environ.get("LORAX_DEBUG_MODE"):
@@ -151,3 +157,16 @@ __all__ = [
     "__version__",
     "parse_error",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`OpenAI` and `AsyncOpenAI`, which import the `openai` package, on their first use."""
+    if name not in ("OpenAI", "AsyncOpenAI"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from lorax_triton import openai_shim
+    except ModuleNotFoundError as error:
+        if error.name != "openai":
+            raise
+        raise ImportError(f"{name} needs the openai package: pip install 'lorax-triton[openai]'") from error
+    return getattr(openai_shim, name)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 class Call:
     """One sequence to generate: exactly one of `prompt`, `messages` and `input_ids`.
 
-    `sampling` is the JSON object of the server's `sampling_parameters`.
+    `sampling` is the JSON object of the server's `sampling_parameters`. `return_tokens` asks for tokens beside the
+    text, which costs; `echo` has the prompt put before the `generated_text` of the details.
     """
 
     request_id: str
@@ -23,6 +24,8 @@ class Call:
     adapter_source: str | None = None
     api_token: str | None = field(default=None, repr=False)
     stream: bool = False
+    return_tokens: bool = False
+    echo: bool = False
 
 
 @dataclass(slots=True)
@@ -43,7 +46,7 @@ class Backend(Protocol):
         ...
 
     async def info(self) -> Mapping[str, Any]:
-        """Facts about the server: at least `model_id`."""
+        """Facts about the server: at least `model_id`; `chat_template_variables`, `aliases` if it tells."""
         ...
 
     async def adapters(self) -> Sequence[Mapping[str, Any]]:

@@ -61,8 +61,8 @@ def encode_call(call: Call, model_name: str) -> InferRequest:
     """The tensors of a call."""
     values: dict[str, list[Any]] = {
         "stream": [call.stream],
-        "exclude_input_in_output": [True],
-        "return_tokens": [True],
+        "exclude_input_in_output": [not call.echo],
+        "return_tokens": [call.return_tokens],
         "return_details": [True],
         "sampling_parameters": [json.dumps(call.sampling, ensure_ascii=False)],
     }

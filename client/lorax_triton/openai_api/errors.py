@@ -50,6 +50,9 @@ class ApiError(Exception):
         return answer
 
 
+# What the server's messages about lengths name.
+_TOO_LONG = ("max_input_length", "max_total_tokens")
+
 # error_type of the server -> status, type and code of OpenAI's API.
 _KINDS: dict[str, tuple[int, str, str | None]] = {
     "validation": (400, "invalid_request_error", None),
@@ -76,7 +79,17 @@ def from_lorax(error: LoraxError) -> ApiError:
     found = _FIELD.match(message)
     if found and status == 400:
         param = _FIELD_NAMES.get(found[1], found[1])
+    if status == 400 and any(option in message for option in _TOO_LONG):
+        code = "context_length_exceeded"
     result = ApiError(message, param, code, status, word)
+    result.__cause__ = error
+    return result
+
+
+def internal_error(error: BaseException) -> ApiError:
+    """The error for a fault of this program."""
+    message = f"The server had an error while processing your request: {type(error).__name__}"
+    result = ApiError(message, code="internal_error", status=500, kind="server_error")
     result.__cause__ = error
     return result
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from urllib.parse import unquote
 
-from lorax_triton.openai_api.answer import Answer
+from lorax_triton.errors import LoraxError
+from lorax_triton.openai_api.answer import Answer, json_answer
 from lorax_triton.openai_api.backend import Backend
-from lorax_triton.openai_api.errors import ApiError
+from lorax_triton.openai_api.chat import answer_chat
+from lorax_triton.openai_api.completions import answer_completion
+from lorax_triton.openai_api.errors import ApiError, from_lorax, internal_error
+from lorax_triton.openai_api.fields import Fields, parse_body
+from lorax_triton.openai_api.models import get_model, list_models
+
+_logger = logging.getLogger("lorax_triton")
 
 # Methods and paths that `handle` answers, for servers that route by them; a model's id may hold slashes.
 ROUTES = (
@@ -16,6 +27,8 @@ ROUTES = (
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model:path}"),
 )
+_MODELS = "/v1/models"
+_Post = Callable[[Fields, Mapping[str, str], Backend, str], Awaitable[Answer]]
 
 
 async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes, backend: Backend) -> Answer:
@@ -23,12 +36,63 @@ async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes
 
     Args:
         method: HTTP method.
-        path: path of the URL, still percent-encoded or not, without its query.
-        headers: by name; `authorization` is passed on as the token for private adapters, so leave it out if it was
+        path: path of the URL, percent-encoded or not, without its query.
+        headers: by name; the token of `authorization` is passed on for private adapters, so leave it out if it was
             meant for the web server.
         body: the JSON body; empty for GET.
         backend: the server that generates.
 
     Every failure is an answer with OpenAI's error object; nothing but cancellation is raised.
     """
-    return ApiError(f"Unknown request URL: {method} {path}.", code="unknown_url", status=404).answer()
+    try:
+        answer = await _route(method.upper(), path, headers, body, backend)
+    except ApiError as error:
+        answer = error.answer()
+    except LoraxError as error:
+        answer = from_lorax(error).answer()
+    except Exception as error:
+        _logger.exception("%s %s failed", method, path)
+        answer = internal_error(error).answer()
+    answer.headers.setdefault("x-request-id", f"req_{uuid.uuid4().hex}")
+    return answer
+
+
+async def _route(method: str, path: str, headers: Mapping[str, str], body: bytes, backend: Backend) -> Answer:
+    post = _POSTS.get(path)
+    if post is not None and method == "POST":
+        return await post(Fields(parse_body(body)), headers, backend, _fingerprint())
+    if path == _MODELS and method == "GET":
+        return json_answer(await list_models(backend))
+    if path.startswith(_MODELS + "/") and method == "GET":
+        return json_answer(await get_model(unquote(path[len(_MODELS) + 1 :]), backend))
+    if post is not None or path == _MODELS or path.startswith(_MODELS + "/"):
+        raise ApiError(f"Not allowed to {method} on {path}.", code="method_not_supported", status=405)
+    raise ApiError(f"Unknown request URL: {method} {path}.", code="unknown_url", status=404)
+
+
+async def _refuse_embeddings(
+    fields: Fields, headers: Mapping[str, str], backend: Backend, fingerprint: str
+) -> Answer:
+    """The server generates text; it has no embedding model."""
+    fields.required_text("model")
+    base = (await backend.info()).get("model_id")
+    raise ApiError(
+        f"The served model '{base}' generates text and makes no embeddings; serve an embedding model for that.",
+        "model",
+        "unsupported_model",
+    )
+
+
+_POSTS: dict[str, _Post] = {
+    "/v1/chat/completions": answer_chat,
+    "/v1/completions": answer_completion,
+    "/v1/embeddings": _refuse_embeddings,
+}
+
+
+def _fingerprint() -> str:
+    """This server's build, as `system_fingerprint` shows it."""
+    try:
+        return f"{version('lorax-triton')}-native"
+    except PackageNotFoundError:  # imported out of a folder that was never installed
+        return "unknown-native"
