@@ -81,6 +81,10 @@ class FakeProvider:
         self.wakeup: Callable[[], None] = lambda: None
         self.closed = False
         self.activations = 0
+        self.copies = 0
+        self.withheld: set[int] = set()  # handles that may not use their adapter (yet)
+        self.prefetched: list[AdapterRef] = []
+        self.commands: list[tuple[str, dict[str, Any]]] = []
         self._slots: dict[str, int] = {}  # least recently activated first
         self._wanted: dict[int, str] = {}
         self._loaded: set[str] = set()
@@ -129,6 +133,25 @@ class FakeProvider:
     def is_loaded(self, ref: AdapterRef) -> bool:
         return ref.id in self._loaded
 
+    def is_ready(self, handle: int, ref: AdapterRef) -> bool:
+        assert self._wanted.get(handle) == ref.id, "asked about a request that did not acquire it"
+        return ref.id in self._loaded and handle not in self.withheld
+
+    def is_on_device(self, ref: AdapterRef) -> bool:
+        return ref.id in self._slots
+
+    def prefetch(self, refs: Sequence[AdapterRef]) -> None:
+        assert all(ref.id in self._loaded and ref.id not in self._slots for ref in refs)
+        self.prefetched = list(refs)
+
+    def control(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        self.commands.append((command, arguments))
+        return {"status": "ready"}
+
+    def check(self) -> None:
+        if any(count < 0 for count in self.users.values()):
+            raise RuntimeError("adapters are used less than not at all")
+
     def cache_key(self, ref: AdapterRef) -> str:
         assert ref.id in self._loaded, "cache_key of an adapter that is not loaded"
         return self.key(ref.id)
@@ -140,6 +163,7 @@ class FakeProvider:
             if not self._make_room(self.adapters[name].pages):
                 return None
             slot = self.contents.index(None)
+            self.copies += 1
             self.contents[slot] = self.key(name)
             self._slots[name] = slot
         slot = self._slots[name]
@@ -263,6 +287,7 @@ class FakeRunner:
         self.last_drawn = [-1] * self.settings.num_rows
         self._owner: list[int | None] = [None] * self.settings.num_rows
         self._queue: deque[FakeStep] = deque()
+        self._prompt_scores: dict[int, list[float]] = {}
 
     @property
     def num_blocks(self) -> int:
@@ -351,6 +376,10 @@ class FakeRunner:
             for position in range(row.start, row.start + row.count):
                 entry = (row.cache_key, position, token_ids[position])
                 self.cache[row.block_table[position // size]][position % size] = entry
+            if row.sampling.prompt_logprobs:
+                if row.start == 0:
+                    self._prompt_scores[row.slot] = []
+                self._prompt_scores[row.slot] += map(float, token_ids[row.start : row.start + row.count])
         result = StepResult([], [], [])
         for row, token_ids in zip(rows, token_lists, strict=True):
             context = [self.cache[row.block_table[p // size]][p % size] for p in range(len(token_ids))]
@@ -363,6 +392,9 @@ class FakeRunner:
                 result.token_ids.append(token)
                 result.logprobs.append(-0.5 if row.sampling.top_logprobs is not None else None)
                 result.top_logprobs.append(None)
+                scores = self._prompt_scores.get(row.slot)
+                if scores is not None and row.index == 0:
+                    result.prompt_logprobs[len(result.token_ids) - 1] = tuple(scores[1:])
         return result
 
     def _spoil(self, rows: Iterable[_Row]) -> None:

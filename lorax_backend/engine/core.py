@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorax_backend.engine.protocols import AdapterProvider, ModelRunner, StepHandle
+from lorax_backend.engine.protocols import ADAPTER_COMMANDS, AdapterProvider, ModelRunner, StepHandle
 from lorax_backend.errors import EngineDeadError, GenerationError, LoraxError, ValidationError
 from lorax_backend.scheduler.scheduler import Scheduler
 from lorax_backend.scheduler.sequence import ScheduledBatch, Sequence
@@ -113,8 +113,11 @@ class EngineCore:
             ValidationError: unknown command or arguments.
             GenerationError: `check` found accounting that is off.
         """
+        if command.startswith("adapter_"):
+            return self.adapters.control(command, arguments)
         if command not in COMMANDS:
-            raise ValidationError(f"command: {command!r} is not one of {', '.join(COMMANDS)}")
+            known = ", ".join((*COMMANDS, *ADAPTER_COMMANDS))
+            raise ValidationError(f"command: {command!r} is not one of {known}")
         if arguments:
             raise ValidationError(f"{command}: takes no arguments, got {', '.join(map(str, arguments))}")
         if command == "stats":
@@ -128,13 +131,14 @@ class EngineCore:
         return {"ok": True}
 
     def check_integrity(self) -> None:
-        """Check that every block and row is accounted for.
+        """Check that every block, row and adapter is accounted for.
 
         Raises:
             GenerationError: naming everything that is wrong.
         """
         try:
             self.scheduler.check_integrity()
+            self.adapters.check()
         except RuntimeError as error:
             raise GenerationError(str(error)) from error
 

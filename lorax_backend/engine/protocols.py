@@ -5,13 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lorax_backend.errors import LoraxError
 from lorax_backend.scheduler.sequence import ScheduledBatch, StepResult
 from lorax_backend.types import AdapterRef, EngineInfo, EngineRequest, EngineStats, TokenOutput
+
+# Control commands that the adapter provider answers; the core passes on everything that begins with "adapter_".
+ADAPTER_COMMANDS = (
+    "adapter_preload",
+    "adapter_pin",
+    "adapter_unpin",
+    "adapter_unload",
+    "adapter_reload",
+    "adapter_purge",
+)
 
 
 class StepHandle(Protocol):
@@ -66,8 +76,22 @@ class AdapterProvider(Protocol):
         """True if the weights are on the host or the device, so that `activate` may succeed."""
         ...
 
+    def is_ready(self, handle: int, ref: AdapterRef) -> bool:
+        """True if the weights are loaded and this very request may use them. Only then is it scheduled; asked again
+        for as long as the request waits, so a right that was withdrawn holds it back."""
+        ...
+
+    def is_on_device(self, ref: AdapterRef) -> bool:
+        """True if `activate` would need no copy."""
+        ...
+
     def cache_key(self, ref: AdapterRef) -> str:
-        """Identity of the loaded weights (source, id, resolved revision or content); only while `is_loaded`."""
+        """Identity of the loaded weights (source, id, resolved revision or content); only while `is_ready`."""
+        ...
+
+    def prefetch(self, refs: Sequence[AdapterRef]) -> None:
+        """These adapters, soonest first, are loaded but not on the device and will be activated soon: copy those to
+        the device for which there is room that nobody needs. Called before each step that leaves such behind."""
         ...
 
     def activate(self, ref: AdapterRef) -> int | None:
@@ -94,6 +118,22 @@ class AdapterProvider(Protocol):
 
     def describe(self) -> list[dict[str, Any]]:
         """One dict an adapter known: id, source, revision, status, rank, bytes, users."""
+        ...
+
+    def control(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Run one of ADAPTER_COMMANDS and return at once; what takes long goes on in the background.
+
+        Raises:
+            LoraxError: unknown command or arguments (ValidationError), or the adapter's own.
+        """
+        ...
+
+    def check(self) -> None:
+        """Verify the accounting of rooms and requests.
+
+        Raises:
+            RuntimeError: naming what is off; a defect of this program.
+        """
         ...
 
     def close(self) -> None:
@@ -150,7 +190,8 @@ class EngineClient(Protocol):
         ...
 
     def control(self, command: str, arguments: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
-        """Run a control command on the engine thread: `stats`, `adapters`, `check` (raises if accounting is off).
+        """Run a control command on the engine thread: `stats`, `adapters`, `check` (raises if accounting is off),
+        `reset_prefix_cache`, and ADAPTER_COMMANDS.
 
         Raises:
             ValidationError: unknown command or bad arguments.

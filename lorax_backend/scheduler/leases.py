@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as AbstractSequence
 from typing import Protocol
 
 from lorax_backend.scheduler.sequence import Sequence
@@ -12,7 +13,9 @@ from lorax_backend.types import AdapterRef
 class AdapterRoom(Protocol):
     """What the scheduler needs of an adapter provider; see engine.protocols.AdapterProvider."""
 
-    def is_loaded(self, ref: AdapterRef) -> bool: ...
+    def is_ready(self, handle: int, ref: AdapterRef) -> bool: ...
+
+    def is_on_device(self, ref: AdapterRef) -> bool: ...
 
     def cache_key(self, ref: AdapterRef) -> str: ...
 
@@ -21,6 +24,8 @@ class AdapterRoom(Protocol):
     def deactivate(self, ref: AdapterRef) -> None: ...
 
     def fits(self, ref: AdapterRef) -> bool: ...
+
+    def prefetch(self, refs: AbstractSequence[AdapterRef]) -> None: ...
 
     def release(self, handle: int) -> None: ...
 

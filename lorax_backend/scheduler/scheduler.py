@@ -61,7 +61,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True if a sequence runs or waits for nothing but room."""
-        self._waiting.promote(self._adapters.is_loaded)
+        self._waiting.promote(self._adapters.is_ready)
         return bool(self._running or self._waiting.num_ready)
 
     def add(self, seq: Sequence) -> None:
@@ -97,7 +97,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None if nothing can be computed now. The caller launches it before anything else, and
         later calls `update`, `fail` or `abandon` for it, in the order of the steps."""
-        self._waiting.promote(self._adapters.is_loaded)
+        self._waiting.promote(self._adapters.is_ready)
         plan = StepPlan(self.settings.step_budget, prefill_first=self._prefill_turn)
         self._prefill_turn = False
         if plan.prefill_first:
@@ -128,13 +128,13 @@ class Scheduler:
                 f"the step drew {len(result.token_ids)} tokens for {batch.num_sampled} sequences"
             )
         outputs = []
-        draws = zip(result.token_ids, result.logprobs, result.top_logprobs, strict=True)
+        draws = enumerate(zip(result.token_ids, result.logprobs, result.top_logprobs, strict=True))
         for item in batch.sequences:
             if item.sample:
-                token_id, logprob, top_logprobs = next(draws)
+                entry, drawn = next(draws)
                 item.seq.num_in_flight -= 1
                 if item.seq.status is not SequenceStatus.FINISHED:
-                    outputs.append(self._append(item.seq, token_id, logprob, top_logprobs))
+                    outputs.append(self._append(item.seq, *drawn, result.prompt_logprobs.get(entry)))
         self._leases.step_done()
         return outputs
 
@@ -217,7 +217,11 @@ class Scheduler:
             if not plan.budget or not self._free_rows or refusals == _MAX_REFUSALS:
                 return
             ref = seq.adapter
-            if seq.num_in_flight or ref in crowded_out or not (ref is None or self._adapters.is_loaded(ref)):
+            if (
+                seq.num_in_flight
+                or ref in crowded_out
+                or not (ref is None or self._adapters.is_ready(seq.handle, ref))
+            ):
                 continue
             prefix = self._matched_prefix(seq)
             if self._must_wait_for_budget(seq, prefix, plan):
@@ -238,11 +242,12 @@ class Scheduler:
                 return
 
     def _matched_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the prefix cache that `seq` may take up: none if every position of its prompt must be computed."""
         cache_key = "" if seq.adapter is None else self._adapters.cache_key(seq.adapter)
         if cache_key != seq.cache_key:
             seq.cache_key = cache_key
             seq.block_hashes.clear()
-        return self.blocks.match(seq)
+        return [] if seq.sampling.prompt_logprobs else self.blocks.match(seq)
 
     def _must_wait_for_budget(self, seq: Sequence, prefix: list[int], plan: StepPlan) -> bool:
         """Without chunked prefill: the prompt does not fit beside the decodes of this step. It then goes first in the
@@ -284,6 +289,7 @@ class Scheduler:
         token_id: int,
         logprob: float | None,
         top_logprobs: tuple[tuple[int, float], ...] | None,
+        prompt_logprobs: tuple[float, ...] | None,
     ) -> TokenOutput:
         seq.token_ids.append(token_id)
         self.num_generated_tokens += 1
@@ -299,7 +305,17 @@ class Scheduler:
         if generated > 1 or seq.first_scheduled is None:
             return TokenOutput(seq.handle, token_id, logprob, top_logprobs, reason)
         queue_s = seq.first_scheduled - seq.arrival
-        return TokenOutput(seq.handle, token_id, logprob, top_logprobs, reason, None, seq.num_cached, queue_s)
+        return TokenOutput(
+            seq.handle,
+            token_id,
+            logprob,
+            top_logprobs,
+            reason,
+            None,
+            seq.num_cached,
+            queue_s,
+            prompt_logprobs if seq.sampling.prompt_logprobs else None,
+        )
 
     def _finish(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:

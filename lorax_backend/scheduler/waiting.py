@@ -42,7 +42,7 @@ class WaitingQueue:
         return seq.arrival - self._priority_weight_s * seq.priority, seq.handle
 
     def ready(self) -> list[Sequence]:
-        """A copy of the sequences whose adapter was loaded at the last `promote`, in serving order."""
+        """A copy of the sequences whose adapter was ready at the last `promote`, in serving order."""
         return list(self._ready)
 
     def add(self, seq: Sequence) -> None:
@@ -64,11 +64,16 @@ class WaitingQueue:
         if not sequences:
             del self._loading[seq.adapter]
 
-    def promote(self, is_loaded: Callable[[AdapterRef], bool]) -> None:
-        """Move the sequences whose adapter has been loaded to the ready ones."""
-        for ref in [ref for ref in self._loading if is_loaded(ref)]:
-            for seq in self._loading.pop(ref):
+    def promote(self, is_ready: Callable[[int, AdapterRef], bool]) -> None:
+        """Move the sequences that may use their adapter now to the ready ones."""
+        for ref, sequences in list(self._loading.items()):
+            ready = [seq for seq in sequences if is_ready(seq.handle, ref)]
+            for seq in ready:
                 insort(self._ready, seq, key=self.key)
+            if len(ready) == len(sequences):
+                del self._loading[ref]
+            elif ready:
+                self._loading[ref] = [seq for seq in sequences if seq not in ready]
 
     def blocked_for(self, seq: Sequence, now: float) -> float:
         """Seconds since `seq` was first refused for want of room; to be called at each refusal."""

@@ -134,6 +134,21 @@ def test_control_answers_stats_adapters_and_checks() -> None:
         core.control("stats", {"now": 1})
 
 
+def test_control_passes_commands_about_adapters_on_and_lists_them() -> None:
+    core, _, provider = make_core()
+    assert core.control("adapter_pin", {"adapter_id": "falcon"}) == {"status": "ready"}
+    assert provider.commands == [("adapter_pin", {"adapter_id": "falcon"})]
+    with pytest.raises(ValidationError, match="adapter_preload, adapter_pin"):
+        core.control("reboot", {})
+
+
+def test_the_check_asks_the_adapters_too() -> None:
+    core, _, provider = make_core()
+    provider.users["falcon"] = -1
+    with pytest.raises(GenerationError, match="adapters are used less"):
+        core.control("check", {})
+
+
 def test_the_check_raises_when_accounting_is_off() -> None:
     core, _, _ = make_core()
     core.add(make_request(1))

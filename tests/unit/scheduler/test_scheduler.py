@@ -488,3 +488,36 @@ def test_the_fake_runner_notices_a_foreign_block() -> None:
     assert output.error is not None
     assert "wrong cache contents" in output.error["error"]
     assert runner.violations == ["wrong cache contents"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prompt_log_probabilities_come_whole_with_the_first_token_whatever_is_cached_or_preempted(
+    depth: int,
+) -> None:
+    """The fake model's log probability of a prompt token is the token itself."""
+    core, _, _ = make_core(make_settings(num_blocks=9, max_batch_tokens=8), depth=depth)
+    requests = [
+        make_request(n, range(n, n + 12), max_new_tokens=14, prompt_logprobs=n != 2) for n in (1, 1, 2, 3)
+    ]
+    for handle, request in enumerate(requests):
+        request.handle = handle
+    answers = run(core, *requests)
+    assert core.scheduler.num_preemptions > 0
+    for request in requests:
+        first, *others = answers[request.handle]
+        asked = request.sampling.prompt_logprobs
+        assert first.prompt_logprobs == (tuple(map(float, request.prompt_ids[1:])) if asked else None)
+        assert all(output.prompt_logprobs is None for output in others)
+        assert asked <= (first.cached_tokens == 0)
+        assert_answered(answers[request.handle], request)
+
+
+def test_a_request_without_a_right_to_its_adapter_waits_while_others_run_with_it() -> None:
+    core, _, provider = make_core(provider=FakeProvider({"falcon": FakeAdapter()}))
+    provider.withheld.add(1)
+    held, other = make_request(1, adapter="falcon"), make_request(2, adapter="falcon")
+    answers = run(core, held, other)
+    assert answers[1] == []
+    assert_answered(answers[2], other)
+    provider.withheld.clear()
+    assert_answered([output for _ in range(6) for output in core.step()], held)
