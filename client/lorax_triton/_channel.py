@@ -23,7 +23,7 @@ DEFAULT_PORT = 8001
 STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 READY_METHOD = "/inference.GRPCInferenceService/ModelReady"
 # Wait for the stream's own end, after the last response, before it is cancelled instead.
-END_TIMEOUT_S = 1.0
+END_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.1
 
 

@@ -11,6 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2
 
 from lorax_triton._channel import (
+    END_TIMEOUT_S,
     READY_METHOD,
     STREAM_METHOD,
     ChannelConfig,
@@ -20,7 +21,7 @@ from lorax_triton._channel import (
     retry_pause,
     wait_expired,
 )
-from lorax_triton._protobuf import decode_stream_response, encode_infer_request
+from lorax_triton._protobuf import decode_stream_response, encode_infer_request, is_final
 from lorax_triton._transport import InferRequest, InferResponse
 from lorax_triton._watchdog import Watchdog
 
@@ -62,6 +63,9 @@ class GrpcTransport:
         self._channels: set[_Channel] = set()
         self._current: _Channel | None = None
         self._closed = False
+        # Calls whose last response has come, but not yet the end that the server puts after it.
+        self._ending: set[Any] = set()
+        self._ended = threading.Condition(self._lock)
 
     def open_stream(self, request: InferRequest, total_timeout: float | None) -> GrpcStream:
         """Send a request; returns at once.
@@ -90,6 +94,7 @@ class GrpcTransport:
         """Close every channel; open streams are cancelled."""
         with self._lock:
             self._closed = True
+            self._ended.wait_for(lambda: not self._ending, END_TIMEOUT_S)
             channels, self._channels = self._channels, set()
         for channel in channels:
             channel.grpc.close()
@@ -123,6 +128,23 @@ class GrpcTransport:
             # Closing waits for gRPC's own threads, and a garbage collection may run this on one of them.
             threading.Thread(target=channel.grpc.close, name="lorax-client-close", daemon=True).start()
 
+    def let_end(self, channel: _Channel, call: Any) -> None:
+        """Keep a call until the server ends it, which is due; then give its channel back.
+
+        Triton 24.10 never forgets a request whose client cancels between the last response and the end.
+        """
+
+        def over() -> None:
+            with self._lock:
+                self._ending.discard(call)
+                self._ended.notify_all()
+            self.release(channel)
+
+        with self._lock:
+            self._ending.add(call)
+        if not call.add_callback(over):
+            over()
+
 
 class GrpcStream:
     """The responses to one request. Owns one gRPC call at a time."""
@@ -138,6 +160,7 @@ class GrpcStream:
         self._retries_left = transport.config.max_session_retries
         self._attempt = 0
         self._started = False  # True once a response came
+        self._final = False  # True once the last response came
         self._expired = False  # True once a wait was too long
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
@@ -154,6 +177,9 @@ class GrpcStream:
             call = self._call
             if call is None:
                 return None
+            if self._final:
+                self._finish()
+                return None
             left = None if limit is None else max(0.0, limit - time.monotonic())
             try:
                 message = self._next(call, left)
@@ -167,6 +193,7 @@ class GrpcStream:
                 self._recover(error.code().name, error.details() or "", limit)
             else:
                 self._started = True
+                self._final = is_final(message)
                 return decode_stream_response(message)
 
     def cancel(self) -> None:
@@ -216,11 +243,14 @@ class GrpcStream:
             self._open()
 
     def _finish(self) -> None:
-        """Give up the call, cancelling it unless it has ended."""
+        """Give up the call, cancelling it unless it has ended or is about to."""
         with self._lock:
             channel, self._channel = self._channel, None
             call, self._call = self._call, None
-        if call is not None:
+        if call is None or channel is None:
+            return
+        if self._final:
+            self._transport.let_end(channel, call)
+        else:
             call.cancel()
-        if channel is not None:
             self._transport.release(channel)

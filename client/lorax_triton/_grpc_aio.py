@@ -12,6 +12,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from lorax_triton._channel import (
+    END_TIMEOUT_S,
     READY_METHOD,
     STREAM_METHOD,
     ChannelConfig,
@@ -21,7 +22,7 @@ from lorax_triton._channel import (
     retry_pause,
     wait_expired,
 )
-from lorax_triton._protobuf import decode_stream_response, encode_infer_request
+from lorax_triton._protobuf import decode_stream_response, encode_infer_request, is_final
 from lorax_triton._transport import InferRequest, InferResponse
 from lorax_triton.errors import RequestTimeoutError
 
@@ -70,6 +71,8 @@ class AsyncGrpcTransport:
         self._current: _AsyncChannel | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        # Calls whose last response has come, but not yet the end that the server puts after it.
+        self._ending: dict[Any, asyncio.Future[None]] = {}
 
     def open_stream(self, request: InferRequest, total_timeout: float | None) -> AsyncGrpcStream:
         """Prepare a request; it is sent with the first `receive`.
@@ -100,6 +103,8 @@ class AsyncGrpcTransport:
     async def close(self) -> None:
         """Close every channel; open streams are cancelled."""
         self._closed = True
+        if self._ending:
+            await asyncio.wait(self._ending.values(), timeout=END_TIMEOUT_S)
         channels, self._channels = self._channels, set()
         for channel in channels:
             await channel.grpc.close()
@@ -131,6 +136,19 @@ class AsyncGrpcTransport:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
+    def let_end(self, channel: _AsyncChannel, call: Any) -> None:
+        """Keep a call until the server ends it, which is due; then give its channel back. See `GrpcTransport`."""
+        ended = asyncio.get_running_loop().create_future()
+        self._ending[call] = ended
+
+        def over(_: Any) -> None:
+            del self._ending[call]
+            if not ended.done():
+                ended.set_result(None)
+            self.release(channel)
+
+        call.add_done_callback(over)
+
 
 class AsyncGrpcStream:
     """The responses to one request. Owns one gRPC call at a time."""
@@ -149,6 +167,7 @@ class AsyncGrpcStream:
         self._retries_left = transport.config.max_session_retries
         self._attempt = 0
         self._started = False  # True once a response came
+        self._final = False  # True once the last response came
         self._ended = False
         self._cancelled = False
         self._channel: _AsyncChannel | None = None
@@ -175,6 +194,9 @@ class AsyncGrpcStream:
                 raise cancelled_here(self._request_id)
             if self._ended:
                 return None
+            if self._final:
+                self._finish()
+                return None
             if self._call is None:
                 self._open()
             try:
@@ -190,6 +212,7 @@ class AsyncGrpcStream:
                 self._finish()
                 return None
             self._started = True
+            self._final = is_final(message)
             return decode_stream_response(message)
 
     def cancel(self) -> None:
@@ -232,10 +255,13 @@ class AsyncGrpcStream:
         self._release()
 
     def _release(self) -> None:
-        """Give up the call, cancelling it unless it has ended."""
+        """Give up the call, cancelling it unless it has ended or is about to."""
         call, self._call = self._call, None
         channel, self._channel = self._channel, None
-        if call is not None:
+        if call is None or channel is None:
+            return
+        if self._final and running_loop() is not None:
+            self._transport.let_end(channel, call)
+        else:
             call.cancel()
-        if channel is not None:
             self._transport.release(channel)

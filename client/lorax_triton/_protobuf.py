@@ -57,15 +57,21 @@ def decode_stream_response(message: Any) -> InferResponse:
         LoraxError: the message breaks the protocol.
     """
     response = message.infer_response
-    final = response.parameters[_FINAL].bool_param if _FINAL in response.parameters else False
+    final = is_final(message)
     if message.error_message:
-        return InferResponse(final=True, error=message.error_message)
+        return InferResponse(final=final, error=message.error_message)
     try:
         contents = zip(response.outputs, response.raw_output_contents, strict=True)
         outputs = {output.name: unpack(output.datatype, raw) for output, raw in contents}
     except ValueError as error:
         raise LoraxError(f"The server sent tensors that cannot be read: {error}") from error
     return InferResponse(outputs, final)
+
+
+def is_final(message: Any) -> bool:
+    """True if Triton marked a `ModelStreamInferResponse` as its request's last."""
+    parameters = message.infer_response.parameters
+    return bool(parameters[_FINAL].bool_param) if _FINAL in parameters else False
 
 
 def pack(datatype: str, values: Sequence[Any]) -> bytes:

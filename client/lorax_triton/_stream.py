@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -14,20 +17,45 @@ from lorax_triton._wire import ResponseDecoder
 from lorax_triton.errors import LoraxError
 from lorax_triton.types import Response, StreamResponse
 
+_SHORTEST_WAIT_S = 0.001
+# An event loop keeps no hold of its tasks itself.
+_finishing: set[asyncio.Task[None]] = set()
+
 
 def finish(source: ResponseStream) -> None:
     """After a request's last response: let its call end by itself, for a moment, so that the server does not take a
     finished request for a cancelled one."""
+    deadline = time.monotonic() + END_TIMEOUT_S
     with contextlib.suppress(LoraxError):
-        source.receive(END_TIMEOUT_S)
+        while source.receive(max(_SHORTEST_WAIT_S, deadline - time.monotonic())) is not None:
+            pass
     source.cancel()
 
 
 async def finish_async(source: AsyncResponseStream) -> None:
     """`finish` for an event loop."""
+    deadline = time.monotonic() + END_TIMEOUT_S
     with contextlib.suppress(LoraxError):
-        await source.receive(END_TIMEOUT_S)
+        while await source.receive(max(_SHORTEST_WAIT_S, deadline - time.monotonic())) is not None:
+            pass
     source.cancel()
+
+
+def _finish_in_background(source: ResponseStream) -> None:
+    try:
+        threading.Thread(target=finish, args=(source,), name="lorax-client-finish", daemon=True).start()
+    except RuntimeError:  # the interpreter shuts down
+        source.cancel()
+
+
+def _finish_in_background_async(source: AsyncResponseStream) -> None:
+    try:
+        task = asyncio.get_running_loop().create_task(finish_async(source))
+    except RuntimeError:  # no event loop in this thread
+        source.cancel()
+    else:
+        _finishing.add(task)
+        task.add_done_callback(_finishing.discard)
 
 
 class TokenStream:
@@ -94,6 +122,9 @@ class TokenStream:
         if self._closed:
             return
         self._closed = True
+        if self._decoder.complete and not self._decoder.final:
+            _finish_in_background(self._source)
+            return
         self._source.cancel()
         if self._on_abandon is not None and not self._decoder.complete:
             self._on_abandon()
@@ -191,6 +222,9 @@ class AsyncTokenStream:
         if self._closed:
             return
         self._closed = True
+        if self._decoder.complete and not self._decoder.final:
+            _finish_in_background_async(self._source)
+            return
         self._source.cancel()
         if self._on_abandon is not None and self._started and not self._decoder.complete:
             self._on_abandon()

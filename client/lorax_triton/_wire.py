@@ -149,6 +149,7 @@ class ResponseDecoder:
         self._shown = 0  # characters of the text that came with tokens
         self._tokens: list[Token] = []
         self._details: dict[str, Any] | None = None
+        self.final = False  # True once the response came that Triton marked as the last
 
     @property
     def complete(self) -> bool:
@@ -163,6 +164,7 @@ class ResponseDecoder:
         """
         if response is None:
             raise self._incomplete("The stream ended before the answer did")
+        self.final = response.final
         if response.error is not None:
             raise error_from_grpc(None, response.error, self._request_id)
         text = "".join(response.outputs.get("text_output", ()))
