@@ -42,7 +42,7 @@ def _http_library() -> Any:
     return getattr(base, "httpx2", None) or base.httpx
 
 
-_httpx = _http_library()
+_httpx: Any = _http_library()
 
 
 class OpenAI(openai.OpenAI):

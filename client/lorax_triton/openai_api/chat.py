@@ -71,10 +71,10 @@ def read_chat_request(fields: Fields, headers: Mapping[str, str]) -> ChatRequest
         sampling["max_tokens"] = limit
     if generation.logprobs is not None:
         sampling["logprobs"] = generation.logprobs
-    kwargs = dict(fields.object("chat_template_kwargs") or {})
     guideline = fields.text("guideline")
     if guideline is not None:
-        kwargs["guideline"] = guideline
+        sampling["guideline"] = guideline
+    kwargs = fields.object("chat_template_kwargs")
     if kwargs:
         sampling["chat_template_kwargs"] = kwargs
     return ChatRequest(generation, read_messages(fields), tools)

@@ -8,7 +8,7 @@ from typing import Any
 from lorax_triton.errors import LoraxError
 from lorax_triton.openai_api.answer import Answer, json_answer
 
-_FIELD = re.compile(r"^`?([a-z_]+(?:\[\d+\])?(?:\.[a-z_\[\]0-9]+)*)`?(?: \(in sampling_parameters\))?: ")
+_FIELD = re.compile(r"^`?([a-z_]+(?:\[\d+\])?(?:\.[a-z_\[\]0-9]+)*)`?: ")
 # The server's names of fields where they differ from OpenAI's.
 _FIELD_NAMES = {
     "text_input": "prompt",
@@ -53,6 +53,9 @@ class ApiError(Exception):
 # What the server's messages about lengths name.
 _TOO_LONG = ("max_input_length", "max_total_tokens")
 
+# The server's word for where a field came from, which here is this package.
+_INTERNAL = " (in sampling_parameters)"
+
 # error_type of the server -> status, type and code of OpenAI's API.
 _KINDS: dict[str, tuple[int, str, str | None]] = {
     "validation": (400, "invalid_request_error", None),
@@ -74,7 +77,7 @@ def from_lorax(error: LoraxError) -> ApiError:
     """The server's error in OpenAI's words; its cause is `error`."""
     kind = str(getattr(error, "error_type", "") or "")
     status, word, code = _KINDS.get(kind) or _by_status(error, kind)
-    message = str(error)
+    message = error.message.replace(_INTERNAL, "")
     param = "model" if kind.startswith("adapter_") else None
     found = _FIELD.match(message)
     if found and status == 400:
