@@ -1,0 +1,125 @@
+"""Streams of one model over Triton's gRPC, from several processes, so that the client is not what is measured."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import struct
+import threading
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Request:
+    """One stream: prompt ids, adapter id (empty: the base model) and tokens wanted."""
+
+    prompt: list[int]
+    adapter: str = ""
+    max_tokens: int = 16
+
+
+@dataclass(slots=True)
+class Record:
+    """What came back. Times in seconds on the system's monotonic clock; `arrivals` are (time, new tokens)."""
+
+    sent: float = 0.0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    error: str = ""
+
+
+def run_streams(
+    address: str, requests: Sequence[Request], processes: int = 8, timeout: float = 300.0
+) -> list[Record]:
+    """Start all requests at once and wait for all of them; records in the order of `requests`."""
+    processes = min(processes, len(requests))
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes)
+    pipes, workers = [], []
+    for part in range(processes):
+        ours, theirs = context.Pipe()
+        share = list(requests[part::processes])
+        worker = context.Process(
+            target=_serve_share, args=(address, share, barrier, theirs, timeout), daemon=True
+        )
+        worker.start()
+        theirs.close()
+        pipes.append(ours)
+        workers.append(worker)
+    records: list[Record] = [Record(error="no answer from the client process")] * len(requests)
+    for part, pipe in enumerate(pipes):
+        if pipe.poll(timeout + 60):
+            records[part::processes] = pipe.recv()
+    for worker in workers:
+        worker.join(10)
+    return records
+
+
+def _serve_share(
+    address: str, requests: list[Request], barrier: object, pipe: object, timeout: float
+) -> None:
+    import grpc
+    from tritonclient.grpc import service_pb2_grpc
+
+    channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+    grpc.channel_ready_future(channel).result(30)
+    stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    records = [Record() for _ in requests]
+    threads = [
+        threading.Thread(target=_run_one, args=(stub, request, record, timeout))
+        for request, record in zip(requests, records, strict=True)
+    ]
+    barrier.wait(60)  # type: ignore[attr-defined]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pipe.send(records)  # type: ignore[attr-defined]
+
+
+def _run_one(stub: object, request: Request, record: Record, timeout: float) -> None:
+    message = _message(request)
+    record.sent = time.monotonic()
+    try:
+        for answer in stub.ModelStreamInfer(iter([message]), timeout=timeout):  # type: ignore[attr-defined]
+            now = time.monotonic()
+            if answer.error_message:
+                record.error = answer.error_message
+                return
+            response = answer.infer_response
+            for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+                if tensor.name == "token_ids" and raw:
+                    ids = array("i", raw)
+                    record.token_ids.extend(ids)
+                    record.arrivals.append((now, len(ids)))
+    except Exception as error:
+        record.error = f"{type(error).__name__}: {error}"[:300]
+
+
+def _message(request: Request) -> object:
+    from tritonclient.grpc import service_pb2
+
+    message = service_pb2.ModelInferRequest(model_name="lorax")
+    options = json.dumps({"ignore_eos_token": True, "temperature": 0})
+    text = lambda value: struct.pack("<I", len(value)) + value.encode()  # noqa: E731
+    inputs = [
+        ("input_ids", "INT32", len(request.prompt), array("i", request.prompt).tobytes()),
+        ("max_tokens", "INT32", 1, array("i", [request.max_tokens]).tobytes()),
+        ("stream", "BOOL", 1, b"\1"),
+        ("return_token_ids", "BOOL", 1, b"\1"),
+        ("sampling_parameters", "BYTES", 1, text(options)),
+    ]
+    if request.adapter:
+        inputs += [
+            ("adapter_id", "BYTES", 1, text(request.adapter)),
+            ("adapter_source", "BYTES", 1, text("local")),
+        ]
+    for name, datatype, length, raw in inputs:
+        tensor = message.inputs.add()
+        tensor.name, tensor.datatype = name, datatype
+        tensor.shape.append(length)
+        message.raw_input_contents.append(raw)
+    return message
