@@ -16,6 +16,8 @@ from lorax_triton.errors import RequestCancelledError
 
 Body = TypeVar("Body", bound=BaseModel)
 _MAX_PROBLEMS = 5
+# How much of a body beyond the limit is read before its caller is cut off.
+_DISCARDED_BYTES = 32 << 20
 
 
 class _Model(BaseModel):
@@ -143,28 +145,34 @@ async def read_body(request: Request, config: GatewayConfig) -> bytes:
         RequestCancelledError: the caller left.
     """
     limit = config.max_body_bytes
-    too_long = HttpError(
-        413, "payload_too_large", f"the body is longer than {limit} bytes; send less, or raise --max-body-bytes",
-        close=True,
-    )  # fmt: skip
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limit:
-        raise too_long
     chunks: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(config.body_timeout):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > limit:
-                    raise too_long
-                chunks.append(chunk)
+                if size <= limit:
+                    chunks.append(chunk)
+                elif size > limit + _DISCARDED_BYTES:
+                    break
+                else:
+                    # Thrown away, but read: many callers only look for an answer once all is sent.
+                    chunks.clear()
     except TimeoutError:
+        if size > limit:
+            raise _too_long(limit) from None
         message = f"the body did not arrive within {config.body_timeout:g} s"
         raise HttpError(408, "request_timeout", message, close=True) from None
     except ClientDisconnect:
         raise RequestCancelledError("the caller left before the body ended") from None
+    if size > limit:
+        raise _too_long(limit)
     return b"".join(chunks)
+
+
+def _too_long(limit: int) -> HttpError:
+    message = f"the body is longer than {limit} bytes; send less, or raise --max-body-bytes"
+    return HttpError(413, "payload_too_large", message, close=True)
 
 
 def require_json(request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from starlette.responses import Response
@@ -27,6 +28,15 @@ _LOCAL_KINDS: tuple[tuple[type[LoraxError], int, str], ...] = (
     (RequestCancelledError, 499, "cancelled"),
     (IncompleteGenerationError, 500, "incomplete_generation"),
 )
+# The engine speaks of its tensors; callers of LoRAX's routes know other names.
+_LORAX_NAMES = {
+    "text_input": "inputs",
+    "sampling_parameters": "parameters",
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "stop_words": "stop",
+}
+_ENGINE_NAME = re.compile(r"\b(" + "|".join(_LORAX_NAMES) + r")\b")
 
 
 class HttpError(Exception):
@@ -59,8 +69,7 @@ def from_lorax_error(error: LoraxError) -> HttpError:
         )
     message = error.message
     if error_type in ("validation", "unsupported"):
-        # The engine speaks of its tensors; callers of this API know other names.
-        message = message.replace("text_input", "inputs").replace("sampling_parameters", "parameters")
+        message = _ENGINE_NAME.sub(lambda name: _LORAX_NAMES[name[0]], message)
     return HttpError(status or 500, error_type, message)
 
 
