@@ -51,7 +51,10 @@ PROMPT_INPUTS: tuple[TensorSpec, ...] = (
 )
 
 _SAMPLING_INPUTS: tuple[TensorSpec, ...] = (
-    _text("sampling_parameters", "JSON object of any parameters below, by LoRAX's or vLLM's names"),
+    _text(
+        "sampling_parameters",
+        "JSON object of any parameters, by LoRAX's or vLLM's names; see docs/parameters.md",
+    ),
     _int("max_tokens", "most tokens to generate; absent: up to the server's max_total_tokens"),
     _int("min_tokens", "tokens to generate before an end token counts"),
     _float("temperature", "0: greedy"),
@@ -69,7 +72,7 @@ _SAMPLING_INPUTS: tuple[TensorSpec, ...] = (
 
 _ADAPTER_INPUTS: tuple[TensorSpec, ...] = (
     _text("adapter_id", "LoRA adapter: hub id, id@revision or folder; empty or absent: the base model"),
-    _text("adapter_source", "where adapter_id is looked up: hub or local"),
+    _text("adapter_source", "where adapter_id is looked up: hub, local, s3 or pbase"),
     _text("api_token", "token of the hub for a private adapter"),
     _text("lora_name", "same as adapter_id"),
     _text("merged_adapters", "JSON: adapters to merge for this request"),
@@ -96,7 +99,8 @@ _ANSWER_INPUTS: tuple[TensorSpec, ...] = (
 CONTROL_INPUT = _text(
     "control",
     'JSON command instead of a generation: {"command": "cancel", "request_id": "..."}, '
-    '"info", "stats", "adapters" or "check"; the answer is in details',
+    '"info", "stats", "adapters", "tokenize", "aliases", or, with "admin_key", alias_set, adapter_preload...; '
+    "the answer is in details",
 )
 
 GENERATION_INPUTS: tuple[TensorSpec, ...] = (
@@ -116,7 +120,14 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("num_input_tokens", "UINT32", SCALAR, "tokens of the prompt"),
     TensorSpec("num_output_tokens", "UINT32", LIST, "tokens generated since the last response"),
     TensorSpec(
-        "details", "BYTES", SCALAR, "last response only: JSON of counts, seed, timings; the answer to control"
+        "details",
+        "BYTES",
+        SCALAR,
+        "last response (of each sequence): JSON of counts, seed, timings, prefill, best_of_sequences; "
+        "the answer to control",
+    ),
+    TensorSpec(
+        "sequence_index", "INT32", SCALAR, "n > 1 only: which of the sequences this response belongs to"
     ),
     TensorSpec("embedding", "FP32", LIST, "embedding vector"),
 )

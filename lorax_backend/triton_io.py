@@ -57,11 +57,15 @@ def _outputs_asked_by_name(request: Any) -> list[str]:
 def _parameters(request: Any) -> dict[str, Any]:
     text = request.parameters()
     parameters: Mapping[str, Any] = json.loads(text) if isinstance(text, str) and text else {}
-    return {
+    own = {
         name: value
         for name, value in parameters.items()
         if name not in _SERVER_PARAMETERS and not name.startswith("triton_")
     }
+    timeout_us = request.timeout() if hasattr(request, "timeout") else 0
+    if timeout_us:  # Triton's own field: how long the caller lets the request wait in a queue
+        own.setdefault("queue_timeout_s", timeout_us / 1e6)
+    return own
 
 
 def _value(spec: TensorSpec, array: np.ndarray[Any, Any]) -> Any:
@@ -129,7 +133,9 @@ def _optional_outputs(event: GenerationEvent, request: GenerateRequest) -> list[
         if asked.finish_reason:
             tensors.append(_strings("finish_reason", [event.finish_reason.value]))
         if asked.details:
-            tensors.append(_strings("details", [json.dumps(_details_json(event))]))
+            tensors.append(_strings("details", [json.dumps(_details_json(event, request))]))
+    if request.n > 1:
+        tensors.append(pb_utils.Tensor("sequence_index", np.array([event.index], np.int32)))
     return tensors
 
 
@@ -169,9 +175,9 @@ def _logprob_json(token: Token) -> dict[str, dict[str, Any]]:
     return shown
 
 
-def _details_json(event: GenerationEvent) -> dict[str, Any]:
+def _details_json(event: GenerationEvent, request: GenerateRequest) -> dict[str, Any]:
     assert event.finish_reason is not None
-    return {
+    details = {
         "finish_reason": event.finish_reason.value,
         "prompt_tokens": event.prompt_tokens,
         "cached_tokens": event.cached_tokens,
@@ -182,6 +188,41 @@ def _details_json(event: GenerationEvent) -> dict[str, Any]:
         "cumulative_logprob": event.cumulative_logprob,
         "timings": event.timings,
     }
+    if request.adapter is not None:
+        ref = request.adapter
+        details |= {"adapter_id": ref.id, "adapter_source": ref.source, "adapter_revision": ref.revision}
+    if request.n > 1:
+        details["index"] = event.index
+    if event.prefill is not None:
+        details["prefill"] = _prefill_json(event)
+    if event.best_of_sequences is not None:
+        details["best_of_sequences"] = [_sequence_json(other, request) for other in event.best_of_sequences]
+    return details
+
+
+def _prefill_json(event: GenerationEvent) -> list[dict[str, Any]]:
+    return [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in event.prefill or ()]
+
+
+def _sequence_json(event: GenerationEvent, request: GenerateRequest) -> dict[str, Any]:
+    """An answer of best_of that was not picked, as LoRAX's API shows it."""
+    assert event.finish_reason is not None
+    return {
+        "generated_text": event.generated_text,
+        "finish_reason": event.finish_reason.value,
+        "generated_tokens": event.generated_tokens,
+        "seed": event.seed,
+        "cumulative_logprob": event.cumulative_logprob,
+        "prefill": _prefill_json(event),
+        "tokens": [_token_json(token) for token in event.tokens] if request.outputs.tokens else [],
+    }
+
+
+def _size(event: GenerationEvent) -> int:
+    """About how many bytes an event takes."""
+    tokens = len(event.tokens) + len(event.prefill or ())
+    others = sum(_size(other) for other in event.best_of_sequences or ())
+    return len(event.text) + _BYTES_OF_A_TOKEN * tokens + others
 
 
 class TritonChannel:
@@ -203,7 +244,7 @@ class TritonChannel:
         Raises:
             TritonModelException: the response could not be handed to the server.
         """
-        large = len(event.text) + _BYTES_OF_A_TOKEN * len(event.tokens) > _LARGE
+        large = _size(event) > _LARGE
         self._send(lambda: encode_event(event, request), event.final, large)
 
     def send_error(self, error: LoraxError) -> None:

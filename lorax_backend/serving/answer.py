@@ -5,6 +5,7 @@ Pure logic of one request, without threads: a sender calls it for the request it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class AnswerBuilder:
         self._fresh_text: list[str] = []
         self._fresh_tokens: list[Token] = []
         self._cumulative: float | None = None
+        self._prompt_logprobs: tuple[float, ...] | None = None
         self.generated_tokens = 0
         self.cached_tokens = 0
         self.stopped = False
@@ -113,9 +115,31 @@ class AnswerBuilder:
     def _text_of(self, token: Token, piece: str) -> str:
         return self._tokenizer.token_text(token.id) if token.special else piece
 
+    def _alternative_text(self, token_id: int) -> str:
+        """What the token would add to the text so far, in the place of the one drawn."""
+        if token_id in self._tokenizer.special_ids:
+            return self._tokenizer.token_text(token_id)
+        return self._detokenizer.peek(token_id)
+
+    def _prefill(self) -> list[Token]:
+        """The prompt's tokens; the first has no log probability, as nothing comes before it."""
+        logprobs = [None, *(self._prompt_logprobs or [None] * (self.prompt_tokens - 1))]
+        detokenizer = self._tokenizer.detokenizer()
+        tokens = []
+        for token_id, logprob in zip(self._prompt.ids, logprobs, strict=True):
+            piece = detokenizer.append([token_id])
+            token = Token(token_id, piece, logprob, token_id in self._tokenizer.special_ids)
+            token.text = self._text_of(token, piece)
+            if logprob is not None and math.isnan(logprob):  # its position was not computed
+                token.logprob = None
+            tokens.append(token)
+        return tokens
+
     def _count(self, output: TokenOutput) -> Token | None:
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
         if output.token_id is None:
             return None
         self.generated_tokens += 1
@@ -123,8 +147,10 @@ class AnswerBuilder:
             self._cumulative = (self._cumulative or 0.0) + output.logprob
         token = Token(output.token_id, "", output.logprob, output.token_id in self._tokenizer.special_ids)
         if output.top_logprobs is not None and self._token_texts:
-            text_of = self._tokenizer.token_text
-            token.top_logprobs = tuple((i, text_of(i), logprob) for i, logprob in output.top_logprobs)
+            token.top_logprobs = tuple(
+                (token_id, self._alternative_text(token_id), logprob)
+                for token_id, logprob in output.top_logprobs
+            )
         self._fresh_tokens.append(token)
         return token
 
@@ -150,6 +176,8 @@ class AnswerBuilder:
             event.generated_text = self._prompt.text + whole if self._request.return_full_text else whole
             event.finish_reason = reason
             event.seed = self._prompt.seed
+            if self._request.sampling.prompt_logprobs:
+                event.prefill = self._prefill()
             if not self._request.stream:
                 event.text = event.generated_text
         return event

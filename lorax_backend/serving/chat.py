@@ -11,8 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lorax_backend.errors import TemplateError, ValidationError
+from lorax_backend.errors import MissingTemplateVariableError, TemplateError, ValidationError
 from lorax_backend.serving.schema import shorten
+
+_GUIDELINE = "guideline"
 
 
 def validate_messages(messages: Any, label: str = "messages") -> list[dict[str, Any]]:
@@ -76,6 +78,7 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = special_tokens
         self._template = _compile(source)
+        self._uses_guideline = _GUIDELINE in source and _mentions(source, _GUIDELINE)
 
     @classmethod
     def from_folder(
@@ -94,16 +97,26 @@ class ChatTemplate:
             source = named.get("default")
         return cls(source, special) if isinstance(source, str) and source else None
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        guideline: str | None = None,
+    ) -> str:
         """The prompt for a chat, ending where the assistant's answer begins.
 
         Raises:
+            MissingTemplateVariableError: the template needs a guideline and there is none.
             TemplateError: the template failed, or refused the messages with `raise_exception`.
         """
         import jinja2
 
+        if guideline is None and self._uses_guideline:
+            raise MissingTemplateVariableError("guideline: the chat template needs one; send guideline")
+        given = {} if guideline is None else {"guideline": guideline}
         try:
             return self._template.render(
+                **given,
                 messages=messages,
                 tools=tools,
                 documents=None,
@@ -118,7 +131,24 @@ class ChatTemplate:
             ) from None
 
 
+def _mentions(source: str, variable: str) -> bool:
+    """True if the template reads a variable that it does not set itself."""
+    from jinja2 import meta
+
+    environment = _environment()
+    return variable in meta.find_undeclared_variables(environment.parse(source))
+
+
 def _compile(source: str) -> Any:
+    import jinja2
+
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"the model's chat template is not valid: {error}") from error
+
+
+def _environment() -> Any:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -146,7 +176,4 @@ def _compile(source: str) -> Any:
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise TemplateError(f"the model's chat template is not valid: {error}") from error
+    return environment

@@ -13,11 +13,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorax_backend.errors import LoraxError, error_from_dict
 from lorax_backend.serving.answer import AnswerBuilder
-from lorax_backend.types import GenerateRequest, GenerationEvent, TokenOutput
+from lorax_backend.types import AdapterRef, GenerateRequest, GenerationEvent, TokenOutput
+
+if TYPE_CHECKING:
+    from lorax_backend.serving.sequences import SequenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +49,8 @@ class LiveRequest:
     """
 
     __slots__ = (
-        "builder", "channel", "ended", "error", "first_token_at", "handle", "pending", "queue_s", "queued",
-        "received_at", "request", "request_id", "sender", "validated_at", "wake_on_token",
+        "builder", "channel", "ended", "entered", "error", "first_token_at", "group", "handle", "pending", "queue_s",
+        "queued", "received_at", "request", "request_id", "sender", "validated_at", "wake_on_token",
     )  # fmt: skip
 
     def __init__(self, handle: int, request_id: str, channel: ResponseChannel, sender: Sender) -> None:
@@ -57,6 +60,8 @@ class LiveRequest:
         self.sender = sender
         self.request: GenerateRequest | None = None
         self.builder: AnswerBuilder | None = None
+        self.group: SequenceGroup | None = None  # the other sequences of its request, if it has several
+        self.entered: AdapterRef | None = None  # the adapter whose requests in flight it is counted among
         self.received_at = time.monotonic()
         self.validated_at: float | None = None
         self.first_token_at: float | None = None

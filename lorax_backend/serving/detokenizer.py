@@ -46,6 +46,11 @@ class IncrementalDetokenizer:
         self._trim(text)
         return piece
 
+    def peek(self, token_id: int) -> str:
+        """The text that one more id would add, were it the next; takes nothing in."""
+        text = self._decode([*self._window, token_id])
+        return text[self._emitted : len(text) - text.endswith(REPLACEMENT)]
+
     def flush(self) -> str:
         """The rest, at the end of the sequence: an unfinished character becomes U+FFFD."""
         text = self._decode(self._window)

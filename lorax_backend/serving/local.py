@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from lorax_backend.config import ServerConfig
 from lorax_backend.errors import LoraxError
 from lorax_backend.model_source import resolve_model, resolve_tokenizer
+from lorax_backend.serving.adapter_templates import FileSource
 from lorax_backend.serving.service import GenerationService
 from lorax_backend.serving.tokenizer import TokenizerPool
 from lorax_backend.smollm2 import ModelSourceError
@@ -39,9 +41,20 @@ def open_service(config: ServerConfig, progress: Progress | None = None) -> Gene
     model_path = resolve_model(config, progress)
     tokenizer = _load_tokenizer(config, model_path, progress)
     engine = create_engine(config, model_path, progress)
-    service = GenerationService(engine, tokenizer, config)
+    try:
+        service = GenerationService(engine, tokenizer, config, partial(_adapter_sources, config))
+    except LoraxError as error:
+        raise RuntimeError(error.message) from error
     service.start()
     return service
+
+
+def _adapter_sources(config: ServerConfig) -> Mapping[str, FileSource]:
+    from lorax_backend.adapters.sources.registry import (
+        create_sources,
+    )  # the hub's library takes time to import
+
+    return create_sources(config)
 
 
 def _load_tokenizer(config: ServerConfig, model_path: Path, progress: Progress | None) -> TokenizerPool:

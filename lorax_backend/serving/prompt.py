@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from lorax_backend.errors import ValidationError
 from lorax_backend.serving.answer import PreparedPrompt
+from lorax_backend.serving.chat import ChatTemplate
 from lorax_backend.serving.tokenizer import TokenizerPool
 from lorax_backend.types import EngineInfo, EngineRequest, GenerateRequest, SamplingParams
 
@@ -25,10 +26,13 @@ class Limits:
         return cls(info.max_input_length, info.max_total_tokens)
 
 
-def encode_prompt(request: GenerateRequest, tokenizer: TokenizerPool) -> tuple[list[int], str]:
+def encode_prompt(
+    request: GenerateRequest, tokenizer: TokenizerPool, template: ChatTemplate | None = None
+) -> tuple[list[int], str]:
     """Token ids of the prompt after truncation, and its text (empty unless the answer must repeat it).
 
-    `truncate` keeps the last tokens and applies before any length check.
+    `template` is used for messages in place of the model's own. `truncate` keeps the last tokens and applies before
+    any length check.
 
     Raises:
         TemplateError: the chat template failed.
@@ -40,7 +44,10 @@ def encode_prompt(request: GenerateRequest, tokenizer: TokenizerPool) -> tuple[l
         if request.return_full_text:
             text = tokenizer.decode(ids)
     elif request.messages is not None:
-        text = tokenizer.render_chat(request.messages, request.tools)
+        if template is None:
+            text = tokenizer.render_chat(request.messages, request.tools, request.guideline)
+        else:
+            text = template.render(request.messages, request.tools, request.guideline)
         ids = tokenizer.encode(text, add_special_tokens=False)
     else:
         text = request.prompt or ""
@@ -53,9 +60,13 @@ def encode_prompt(request: GenerateRequest, tokenizer: TokenizerPool) -> tuple[l
 
 
 def prepare(
-    request: GenerateRequest, handle: int, tokenizer: TokenizerPool, limits: Limits
+    request: GenerateRequest,
+    handle: int,
+    tokenizer: TokenizerPool,
+    limits: Limits,
+    template: ChatTemplate | None = None,
 ) -> tuple[EngineRequest, PreparedPrompt]:
-    """Build the engine's request.
+    """Build the engine's request; `template` as in `encode_prompt`.
 
     Raises:
         ValidationError, TemplateError: see `encode_prompt`; also a prompt or a sum that is too long.
@@ -65,13 +76,14 @@ def prepare(
             f"truncate: {request.truncate} is more than the longest prompt, {limits.max_input_length} tokens "
             "(server option max_input_length)"
         )
-    ids, text = encode_prompt(request, tokenizer)
+    ids, text = encode_prompt(request, tokenizer, template)
     sampling = _bounded(request, len(ids), limits)
     end_ids = () if request.ignore_eos_token else tokenizer.eos_token_ids
     stop_ids = tuple(dict.fromkeys((*end_ids, *sampling.stop_token_ids)))
     seed = None
     if sampling.do_sample:
         seed = sampling.seed if request.seed_given else secrets.randbits(_SEED_BITS)
+    _check_bias(sampling, tokenizer.vocab_size)
     sampling = replace(sampling, stop_token_ids=stop_ids, seed=seed or 0)
     engine_request = EngineRequest(
         handle=handle,
@@ -80,8 +92,22 @@ def prepare(
         adapter=request.adapter,
         api_token=request.api_token,
         priority=request.priority,
+        queue_timeout_s=request.queue_timeout_s,
     )
     return engine_request, PreparedPrompt(ids, text, seed)
+
+
+def sibling(
+    request: EngineRequest, prompt: PreparedPrompt, handle: int, number: int, seed_given: bool
+) -> tuple[EngineRequest, PreparedPrompt]:
+    """Sequence `number` (from 1 on) of a request for several: the same but for the seed, which is the request's plus
+    the number, or drawn anew if the request gave none."""
+    seed = prompt.seed
+    if seed is not None:
+        seed = (seed + number) % 2**64 if seed_given else secrets.randbits(_SEED_BITS)
+    sampling = replace(request.sampling, seed=seed or 0)
+    twin = replace(request, handle=handle, prompt_ids=list(request.prompt_ids), sampling=sampling)
+    return twin, replace(prompt, seed=seed)
 
 
 def _checked_ids(ids: list[int], vocab_size: int) -> list[int]:
@@ -93,6 +119,14 @@ def _checked_ids(ids: list[int], vocab_size: int) -> list[int]:
             f"must be from 0 to {vocab_size - 1}"
         )
     return ids
+
+
+def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    for token_id, _ in sampling.logit_bias:
+        if token_id >= vocab_size:
+            raise ValidationError(
+                f"logit_bias[{token_id}]: not a token of this model, must be from 0 to {vocab_size - 1}"
+            )
 
 
 def _bounded(request: GenerateRequest, length: int, limits: Limits) -> SamplingParams:

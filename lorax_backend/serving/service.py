@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,21 +21,25 @@ from lorax_backend.errors import (
     EngineDeadError,
     GenerationError,
     LoraxError,
-    OverloadedError,
     ShuttingDownError,
 )
-from lorax_backend.serving.answer import AnswerBuilder
+from lorax_backend.serving.adapter_fields import adapter_ref
+from lorax_backend.serving.adapter_templates import AdapterTemplates, FileSource
+from lorax_backend.serving.admission import Admission
+from lorax_backend.serving.aliases import AliasTable
+from lorax_backend.serving.answer import AnswerBuilder, PreparedPrompt
 from lorax_backend.serving.cancellation import CancellationPoller
-from lorax_backend.serving.control import run_command
+from lorax_backend.serving.control import preload_adapters, run_command
 from lorax_backend.serving.delivery import EventStream, LiveRequest, ResponseChannel, Sender
 from lorax_backend.serving.given import RawRequest
 from lorax_backend.serving.live_requests import LiveRequests
 from lorax_backend.serving.metrics import MetricsRegistry
 from lorax_backend.serving.parameters import parse_request
-from lorax_backend.serving.prompt import Limits, prepare
+from lorax_backend.serving.prompt import Limits, prepare, sibling
+from lorax_backend.serving.sequences import SequenceGroup
 from lorax_backend.serving.service_metrics import ServiceMetrics
 from lorax_backend.serving.tokenizer import TokenizerPool
-from lorax_backend.types import EngineStats, GenerateRequest, GenerationEvent, TokenOutput
+from lorax_backend.types import EngineRequest, EngineStats, GenerateRequest, GenerationEvent, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +51,25 @@ class GenerationService:
     an id, so callers who cancel by id should make ids that are.
     """
 
-    def __init__(self, engine: EngineClient, tokenizer: TokenizerPool, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: TokenizerPool,
+        config: ServerConfig,
+        adapter_sources: Callable[[], Mapping[str, FileSource]] = dict,
+    ) -> None:
+        """`adapter_sources` makes the sources in which adapters' own chat templates are looked for.
+
+        Raises:
+            ValidationError: an option that names adapters cannot be read.
+        """
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
+        self.aliases = AliasTable(lambda name, source, revision: adapter_ref(name, source, revision, config))
+        self.aliases.load(config.adapter_aliases)
+        self.adapter_templates = AdapterTemplates(adapter_sources, tokenizer.special_tokens)
+        self._admission = Admission(config.max_concurrent_requests, config.max_requests_per_adapter)
         self._live = LiveRequests()
         self._handles = itertools.count(1)
         self._started = False
@@ -69,6 +88,8 @@ class GenerationService:
             config.cancel_poll_interval_s, self._live.snapshot, self._cancel_gone, self._crashed
         )
         self._pool = ThreadPoolExecutor(max(1, config.validation_workers), "lorax-validate")
+        # Apart from the pool above: fetching an adapter's chat template may take as long as a download.
+        self._fetchers = ThreadPoolExecutor(max(1, config.adapter_loader_threads), "lorax-fetch")
 
     # ---- life ----
 
@@ -76,7 +97,8 @@ class GenerationService:
         """Start the engine and the threads; returns when requests can be served.
 
         Raises:
-            RuntimeError: with a readable reason, if the model cannot be loaded. Everything is stopped again then.
+            RuntimeError: with a readable reason, if the model cannot be loaded or an adapter of the options cannot be
+                preloaded. Everything is stopped again then.
         """
         try:
             self.engine.start(self)
@@ -90,6 +112,11 @@ class GenerationService:
             sender.start()
         self._poller.start()
         self._started = True
+        try:
+            preload_adapters(self)
+        except BaseException:
+            self.stop(1.0)
+            raise
 
     @property
     def ready(self) -> bool:
@@ -131,7 +158,8 @@ class GenerationService:
         self._fail_all(ShuttingDownError("the server has stopped; send the request to another one or later"))
         deadline = time.monotonic() + timeout
         self._live.wait_empty(timeout)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
         threads: list[CancellationPoller | Sender] = [self._poller, *self._senders]
         for thread in threads:
             thread.stop(max(0.1, deadline - time.monotonic()))
@@ -174,10 +202,11 @@ class GenerationService:
         return bool(lives)
 
     def control(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Run a command: cancel (request_id), info, metrics, or the engine's stats, adapters, check.
+        """Run a command; see `serving.control`.
 
         Raises:
             ValidationError: unknown command or bad arguments.
+            UnauthorizedError: the command changes something, and `admin_key` is missing or wrong.
             EngineDeadError: the engine does not answer.
         """
         return run_command(self, command, arguments or {})
@@ -217,7 +246,7 @@ class GenerationService:
             live.fail(refusal)
             return
         try:
-            self._pool.submit(self._validate, live, parse)
+            self._pool.submit(self._guarded, live, lambda: self._validate(live, parse))
         except RuntimeError:  # the pool has been shut down since
             live.fail(ShuttingDownError("the server has stopped"))
 
@@ -226,43 +255,91 @@ class GenerationService:
             return self._dead_error()
         if self._draining or not self._started:
             return ShuttingDownError("the server takes no new requests; send it to another one or later")
-        limit = self.config.max_concurrent_requests
-        if len(self._live) >= limit:
-            return OverloadedError(
-                f"{limit} requests are in flight, as many as this server takes (max_concurrent_requests); "
-                "try again later"
-            )
-        return None
+        return self._admission.refusal(len(self._live))
 
     def _dead_error(self) -> EngineDeadError:
         return EngineDeadError(f"the engine has stopped: {self._dead_reason}; the server must be restarted")
 
-    def _validate(self, live: LiveRequest, parse: Callable[[], GenerateRequest]) -> None:
-        """Check, tokenize and hand to the engine (validation pool)."""
+    def _guarded(self, live: LiveRequest, work: Callable[[], None]) -> None:
+        """Run a part of a request's preparation; what goes wrong ends that request alone."""
         if live.failing():
             return
         try:
-            request = parse()
-            live.request = request
-            self._metrics.received(request.stream)
-            engine_request, prompt = prepare(request, live.handle, self.tokenizer, self._limits)
-            live.builder = AnswerBuilder(request, self.tokenizer, prompt)
-            live.wake_on_token = request.stream or bool(request.stop)
-            live.validated_at = time.monotonic()
-            self._metrics.validated(
-                live.validated_at - live.received_at,
-                len(prompt.ids),
-                engine_request.sampling.max_new_tokens,
-            )
-            self.engine.submit(engine_request)
+            work()
         except LoraxError as error:
             live.fail(error)
         except Exception as error:
             logger.exception("request %s failed before it reached the engine", live.request_id)
             live.fail(GenerationError(f"internal error: {type(error).__name__}: {error}"))
+
+    def _validate(self, live: LiveRequest, parse: Callable[[], GenerateRequest]) -> None:
+        """Check the request and choose its adapter (validation pool)."""
+        request = parse()
+        live.request = request
+        self._metrics.received(request.stream)
+        request.adapter = ref = self.aliases.resolve(request)
+        self._admission.enter(ref)
+        live.entered = ref
+        if request.messages is None or ref is None or self.adapter_templates.known(ref):
+            self._prepare(live, request)
         else:
-            if live.failing():  # ended meanwhile: its cancel may have reached the engine before the submit
-                self._cancel_in_engine(live)
+            self._fetchers.submit(self._guarded, live, lambda: self._prepare(live, request))
+
+    def _prepare(self, live: LiveRequest, request: GenerateRequest) -> None:
+        """Tokenize and hand to the engine."""
+        template = None
+        if request.messages is not None and request.adapter is not None:
+            template = self.adapter_templates.get(request.adapter, request.api_token)
+        first = prepare(request, live.handle, self.tokenizer, self._limits, template)
+        live.validated_at = time.monotonic()
+        self._metrics.validated(
+            live.validated_at - live.received_at, len(first[1].ids), first[0].sampling.max_new_tokens
+        )
+        if max(request.n, request.best_of) == 1:
+            self._launch(live, request, *first)
+        else:
+            self._launch_group(live, request, *first)
+
+    def _launch(
+        self,
+        live: LiveRequest,
+        request: GenerateRequest,
+        engine_request: EngineRequest,
+        prompt: PreparedPrompt,
+    ) -> None:
+        live.builder = AnswerBuilder(request, self.tokenizer, prompt)
+        live.wake_on_token = request.stream or bool(request.stop)
+        self.engine.submit(engine_request)
+        if live.failing():  # ended meanwhile: its cancel may have reached the engine before the submit
+            self._cancel_in_engine(live)
+
+    def _launch_group(
+        self, live: LiveRequest, request: GenerateRequest, first: EngineRequest, prompt: PreparedPrompt
+    ) -> None:
+        """Start all sequences of a request for several; each is a live request whose events meet in a group."""
+        group = SequenceGroup(request, live.channel, self._cancel_member)
+        group.members.append(live)
+        live.group, live.channel = group, group.member(0)
+        if live.failing():  # its error may have gone out before the group stood in the way
+            return
+        self._launch(live, request, first, prompt)
+        for number in range(1, group.total):
+            twin = LiveRequest(next(self._handles), live.request_id, group.member(number), live.sender)
+            twin.request, twin.group = request, group
+            twin.received_at, twin.validated_at = live.received_at, live.validated_at
+            group.members.append(twin)
+            if live.failing() or group.over() or not self._live.add(twin):
+                return
+            engine_request, own = sibling(first, prompt, twin.handle, number, request.seed_given)
+            try:
+                self._launch(twin, request, engine_request, own)
+            except LoraxError as error:
+                twin.fail(error)
+            if group.over():
+                self._cancel_member(twin)
+
+    def _cancel_member(self, live: LiveRequest) -> None:
+        self._end(live, CancelledError("the request has ended"))
 
     def _deliver(self, live: LiveRequest) -> None:
         """Send what has become of one request (its sender's thread)."""
@@ -273,13 +350,14 @@ class GenerationService:
             event = self._next_event(live, outputs)
             if event is None:
                 return
-            if event.final:
+            final = event.final
+            if final:
                 event.timings = live.timings(time.monotonic())
             live.channel.send(event, live.request)
         except Exception as error:
             self._give_up(live, error)
             return
-        if event.final:
+        if final:
             live.ended = True
             self._finish(live, event)
 
@@ -314,11 +392,16 @@ class GenerationService:
         self._finish(live, event)
 
     def _finish(self, live: LiveRequest, event: GenerationEvent) -> None:
-        """Forget a request whose final event is out."""
-        if event.error is not None:
-            self._metrics.failed(str(event.error.get("error_type")))
-        else:
-            self._metrics.succeeded(event.timings or {}, event.generated_tokens)
+        """Forget a request, or one sequence of it, whose final event is out."""
+        if live.group is None or live.group.closed_by(live):
+            tokens = live.group.generated_tokens if live.group else event.generated_tokens
+            if event.error is not None:
+                self._metrics.failed(str(event.error.get("error_type")))
+            else:
+                self._metrics.succeeded(event.timings or {}, tokens)
+                self._admission.finished((event.timings or {}).get("total", 0.0))
+        self._admission.leave(live.entered)
+        live.entered = None
         self._live.remove(live)
         self._metrics.in_flight(len(self._live))
 

@@ -95,7 +95,12 @@ class TokenizerPool:
             return self._tokenizer.id_to_token(token_id) or ""
         return self.decode([token_id], skip_special_tokens=False)
 
-    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        guideline: str | None = None,
+    ) -> str:
         """The prompt of a chat; it holds its own special tokens, so encode it without adding any.
 
         Raises:
@@ -103,7 +108,7 @@ class TokenizerPool:
         """
         if self._template is None:
             raise TemplateError("messages: this model has no chat template; send text_input instead")
-        return self._template.render(messages, tools)
+        return self._template.render(messages, tools, guideline)
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> IncrementalDetokenizer:
         """A detokenizer for the continuation of a prompt."""

@@ -92,7 +92,7 @@ def test_every_optional_output_has_an_input_that_asks_for_it():
     outputs = {spec.name for spec in OUTPUTS}
 
     assert set(OUTPUT_FLAGS.values()) <= inputs
-    assert outputs - {"text_output", "embedding"} == set(OUTPUT_FLAGS)
+    assert outputs - {"text_output", "embedding", "sequence_index"} == set(OUTPUT_FLAGS)
 
 
 def test_options_become_parameters_that_the_configuration_reads_back(tmp_path):
