@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +13,11 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 
+from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
 from lorax_backend.adapters.sources.base import FetchedAdapter
-from lorax_backend.adapters.sources.hub_errors import is_transient, retry_after, translate
+from lorax_backend.adapters.sources.hub_errors import is_disk_full, is_transient, retry_after, translate
+from lorax_backend.adapters.sources.retry import Retry
+from lorax_backend.adapters.sources.tokens import token_digest
 from lorax_backend.adapters.weight_files import CONFIG_NAME, choose_weight_names
 from lorax_backend.errors import (
     AdapterDownloadError,
@@ -30,8 +31,6 @@ T = TypeVar("T")
 
 _TRUE = ("1", "true", "yes", "on")
 _REQUEST_TIMEOUT_S = 10.0
-_FIRST_WAIT_S = 0.5
-_LONGEST_WAIT_S = 8.0
 _MAIN = "main"
 
 
@@ -39,17 +38,20 @@ _MAIN = "main"
 class HubSource:
     """`adapter_source=hub`: the id is `owner/name` or `owner/name@revision`.
 
-    Only adapter_config.json and the safetensors are downloaded, into the hub's usual cache. A fetch first asks the
-    hub whether the token may read the repository, also when the files are cached; only with HF_HUB_OFFLINE=1, when
-    nobody can be asked, the cache alone decides. HF_ENDPOINT and HF_HUB_OFFLINE are read at each fetch.
+    Only adapter_config.json and the weights are downloaded. A fetch first asks the hub whether the token may read the
+    repository, also when the files are cached; only with HF_HUB_OFFLINE=1, when nobody can be asked, the cache alone
+    decides. HF_ENDPOINT and HF_HUB_OFFLINE are read at each fetch.
 
     A request's own token is used if it has one. Otherwise the server's (HF_TOKEN, or HUGGING_FACE_HUB_TOKEN) is used
     if LORAX_USE_GLOBAL_HF_TOKEN=1, and none if not, so that a server's private adapters are private unless it says so.
 
     Attributes:
         cache_dir: folder of the hub's files; None for Hugging Face's default.
+        disk: the disk cache that `cache_dir` is a part of, if it is; files that are in Hugging Face's own cache
+            already are then used where they are.
         max_bytes: largest total size of an adapter's files.
         deadline_s: seconds after which a fetch is not tried again.
+        allow_pickle: take adapter_model.bin where there are no safetensors.
     """
 
     cache_dir: str | None = None
@@ -57,6 +59,8 @@ class HubSource:
     deadline_s: float = 120.0
     attempts: int = 5
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    disk: DiskCache | None = None
+    allow_pickle: bool = False
 
     name = "hub"
     remote = True
@@ -79,8 +83,7 @@ class HubSource:
         return AdapterRef(self.name, repo, inline or ref.revision or None)
 
     def credential(self, token: str | None) -> str:
-        used = _effective_token(token)
-        return hashlib.sha256(used.encode()).hexdigest() if used else ""
+        return token_digest(_effective_token(token))
 
     def fetch(self, ref: AdapterRef, token: str | None) -> FetchedAdapter:
         ref = self.canonical(ref)
@@ -88,39 +91,77 @@ class HubSource:
             return self._from_cache(ref)
         client = _HubClient(self, ref, _effective_token(token))
         info = client.describe()
-        names = [CONFIG_NAME, *_weight_names(ref, info)]
-        self._check_size(ref, info, names)
-        folders = {client.download(name, info.sha).parent for name in names}
-        if len(folders) != 1:
-            raise AdapterDownloadError(
-                f"{ref}: the files of one revision ended in {len(folders)} folders of the cache"
-            )
-        client.remember_revision(info.sha)
+        sizes = self._sizes(ref, info)
         public = not info.private and not info.gated
-        return FetchedAdapter(folders.pop(), info.sha, public)
+        folder = self._cached_folder(ref, info.sha, sizes)
+        if folder is not None:
+            lease = self._lease(ref, folder)
+            if lease is not None or self.disk is None or not folder.is_relative_to(self.disk.root):
+                return FetchedAdapter(folder, info.sha, public, True, lease)
+        return self._download(client, info.sha, sizes, public)
 
-    def authorize(self, ref: AdapterRef, token: str | None) -> None:
-        if not _offline():
-            _HubClient(self, self.canonical(ref), _effective_token(token)).describe()
+    def authorize(self, ref: AdapterRef, token: str | None) -> bool:
+        if _offline():
+            return True
+        info = _HubClient(self, self.canonical(ref), _effective_token(token)).describe()
+        return not info.private and not info.gated
+
+    def _download(
+        self, client: _HubClient, commit: str, sizes: dict[str, int], public: bool
+    ) -> FetchedAdapter:
+        with contextlib.ExitStack() as stack:
+            if self.disk is not None:
+                repository = self.disk.folder(self.name) / f"models--{client.ref.id.replace('/', '--')}"
+                stack.enter_context(self.disk.writing(repository, sum(sizes.values())))
+            folders = {client.download(name, commit, size).parent for name, size in sizes.items()}
+            if len(folders) != 1:
+                raise AdapterDownloadError(
+                    f"{client.ref}: the files of one revision ended in {len(folders)} folders of the cache"
+                )
+            client.remember_revision(commit)
+            folder = folders.pop()
+            return FetchedAdapter(folder, commit, public, False, self._lease(client.ref, folder))
+
+    def _lease(self, ref: AdapterRef, folder: Path) -> DiskLease | None:
+        if self.disk is None or not folder.is_relative_to(self.disk.root):
+            return None
+        return self.disk.lease(self.name, ref.id, folder)
+
+    def _cached_folder(self, ref: AdapterRef, commit: str, sizes: dict[str, int]) -> Path | None:
+        """The folder that holds all files in full, if there is one."""
+        for cache in [self.cache_dir] if self.disk is None else [self.cache_dir, None]:
+            found = [try_to_load_from_cache(ref.id, name, cache_dir=cache, revision=commit) for name in sizes]
+            files = [Path(path) for path in found if isinstance(path, str)]
+            if len(files) == len(sizes) and all(
+                not sizes[file.name] or file.stat().st_size == sizes[file.name] for file in files
+            ):
+                return files[0].parent
+        return None
 
     def _from_cache(self, ref: AdapterRef) -> FetchedAdapter:
-        found = try_to_load_from_cache(
-            ref.id, CONFIG_NAME, cache_dir=self.cache_dir, revision=ref.revision or _MAIN
-        )
-        if not isinstance(found, str):
-            raise AdapterDownloadError(
-                f"{ref} is not in the cache, and HF_HUB_OFFLINE forbids to download it"
+        for cache in [self.cache_dir] if self.disk is None else [self.cache_dir, None]:
+            found = try_to_load_from_cache(
+                ref.id, CONFIG_NAME, cache_dir=cache, revision=ref.revision or _MAIN
             )
-        folder = Path(found).parent
-        choose_weight_names(entry.name for entry in folder.iterdir())
-        return FetchedAdapter(folder, folder.name)
+            if isinstance(found, str):
+                folder = Path(found).parent
+                choose_weight_names((entry.name for entry in folder.iterdir()), self.allow_pickle)
+                return FetchedAdapter(folder, folder.name, True, True, self._lease(ref, folder))
+        raise AdapterDownloadError(f"{ref} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
 
-    def _check_size(self, ref: AdapterRef, info: Any, names: list[str]) -> None:
-        total = sum(entry.size or 0 for entry in info.siblings if entry.rfilename in names)
+    def _sizes(self, ref: AdapterRef, info: Any) -> dict[str, int]:
+        """Bytes of each file of the adapter."""
+        known = {entry.rfilename: entry.size or 0 for entry in info.siblings if "/" not in entry.rfilename}
+        if CONFIG_NAME not in known:
+            raise AdapterNotFoundError(f"{ref} holds no {CONFIG_NAME} at the top, so it is no PEFT adapter")
+        names = [CONFIG_NAME, *choose_weight_names(known, self.allow_pickle)]
+        total = sum(known[name] for name in names)
         if total > self.max_bytes:
             raise AdapterTooLargeError(
-                f"{ref}: its files have {total} bytes, this server takes at most {self.max_bytes}; is it a whole model?"
+                f"{ref}: its files have {total} bytes, this server takes at most {self.max_bytes} "
+                "(max_adapter_bytes); is it a whole model?"
             )
+        return {name: known[name] for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,22 +195,28 @@ class _HubClient:
             )
         return info
 
-    def download(self, name: str, revision: str) -> Path:
-        """One file in the cache, downloaded unless it is there; a partial file is taken up where it ended."""
-        return Path(
-            self._try(
-                lambda: hf_hub_download(
-                    self.ref.id,
-                    name,
-                    revision=revision,
-                    cache_dir=self.source.cache_dir,
-                    endpoint=self._endpoint,
-                    token=self.token or False,
-                    etag_timeout=_REQUEST_TIMEOUT_S,
-                    library_name="lorax-triton",
-                )
+    def download(self, name: str, revision: str, size: int = 0) -> Path:
+        """One file in the cache, downloaded unless it is there; a partial file is taken up where it ended, one of
+        another size than `size` is downloaded anew."""
+
+        def work(force: bool = False) -> Path:
+            path = hf_hub_download(
+                self.ref.id,
+                name,
+                revision=revision,
+                cache_dir=self.source.cache_dir,
+                endpoint=self._endpoint,
+                token=self.token or False,
+                etag_timeout=_REQUEST_TIMEOUT_S,
+                library_name="lorax-triton",
+                force_download=force,
             )
-        )
+            return Path(path)
+
+        path = self._try(work)
+        if size and path.stat().st_size != size:
+            path = self._try(lambda: work(force=True))
+        return path
 
     def remember_revision(self, commit: str) -> None:
         """Let the cache know the commit a branch stands for, so that the adapter is found offline later."""
@@ -182,26 +229,20 @@ class _HubClient:
                 self.download(CONFIG_NAME, branch)
 
     def _try(self, call: Callable[[], T]) -> T:
-        wait = _FIRST_WAIT_S
-        for attempt in range(self.source.attempts):
-            try:
-                return call()
-            except Exception as error:
-                pause = retry_after(error) or wait * random.uniform(0.5, 1.0)
-                left = self.source.deadline_s - (time.monotonic() - self.started)
-                last = attempt + 1 == self.source.attempts
-                if last or pause > left or not is_transient(error):
-                    raise translate(error, self.ref, with_token=self.token is not None) from None
-            self.source.sleep(pause)
-            wait = min(wait * 2, _LONGEST_WAIT_S)
-        raise AdapterDownloadError(f"{self.ref} was not tried: attempts is {self.source.attempts}")
+        source = self.source
+        retry = Retry(source.attempts, source.deadline_s, source.sleep)
+        return retry.call(
+            call,
+            self.started,
+            self._may_try_again,
+            lambda error: translate(error, self.ref, with_token=self.token is not None),
+            retry_after,
+        )
 
-
-def _weight_names(ref: AdapterRef, info: Any) -> list[str]:
-    names = [entry.rfilename for entry in info.siblings if "/" not in entry.rfilename]
-    if CONFIG_NAME not in names:
-        raise AdapterNotFoundError(f"{ref} holds no {CONFIG_NAME} at the top, so it is no PEFT adapter")
-    return choose_weight_names(names)
+    def _may_try_again(self, error: Exception) -> bool:
+        if is_disk_full(error) and self.source.disk is not None:
+            return self.source.disk.shrink() > 0
+        return is_transient(error)
 
 
 def _offline() -> bool:
