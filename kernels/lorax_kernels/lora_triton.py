@@ -411,7 +411,7 @@ def shrink(
         raise ValueError(
             f"shrink: x {tuple(x.shape)} and a {tuple(a.shape)} do not fit or are not contiguous in rows"
         )
-    config = config or lora_config(work.num_tokens, work.shape.decode)
+    config = (config or lora_config(work.num_tokens, work.shape.decode)).for_itemsize(x.element_size())
     columns = slices * PAGE_RANK
     at = work.capacity
     if planes is None:

@@ -48,6 +48,24 @@ class LoraConfig:
     prefill_block_n: int = 128
     prefill_expand_warps: int = 4
 
+    def for_itemsize(self, itemsize: int) -> LoraConfig:
+        """The tables are for two-byte elements; wider ones get smaller tiles, so that they fit in registers."""
+        return self if itemsize <= 2 else _narrowed(self)
+
+
+@functools.cache
+def _narrowed(config: LoraConfig) -> LoraConfig:
+    return replace(
+        config,
+        block_k=max(128, config.block_k // 2),
+        row_n=config.row_n // 2,
+        block_n=max(32, config.block_n // 2),
+        expand_registers=0,
+        shrink_registers=0,
+        prefill_block_k=32,
+        prefill_block_n=max(32, config.prefill_block_n // 2),
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
