@@ -46,6 +46,11 @@ class PoolBackend:
         """The adapters that any of the servers knows."""
         return await self._state.adapters()
 
+    async def aliases(self) -> Mapping[str, Any]:
+        """The aliases of the server that is asked; an operator gives all servers the same."""
+        aliases = (await self._pool.control("aliases", {})).get("aliases")
+        return aliases if isinstance(aliases, Mapping) else {}
+
 
 async def openai_route(request: Request) -> Response | EventStream:
     """Answer one request to the OpenAI API; errors have OpenAI's shape too."""

@@ -70,6 +70,9 @@ class ChatTemplate:
         source: the Jinja text.
         special_tokens: texts such as `bos_token` and `eos_token` that templates refer to.
 
+    Attributes:
+        variables: names the template reads, such as `messages` and, if it knows what to do with them, `tools`.
+
     Raises:
         TemplateError: the text is not a template.
     """
@@ -78,7 +81,8 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = special_tokens
         self._template = _compile(source)
-        self._uses_guideline = _GUIDELINE in source and _mentions(source, _GUIDELINE)
+        self.variables = _variables(source)
+        self._uses_guideline = _GUIDELINE in self.variables
 
     @classmethod
     def from_folder(
@@ -131,12 +135,11 @@ class ChatTemplate:
             ) from None
 
 
-def _mentions(source: str, variable: str) -> bool:
-    """True if the template reads a variable that it does not set itself."""
+def _variables(source: str) -> frozenset[str]:
+    """The variables that a template reads and does not set itself."""
     from jinja2 import meta
 
-    environment = _environment()
-    return variable in meta.find_undeclared_variables(environment.parse(source))
+    return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
 
 
 def _compile(source: str) -> Any:

@@ -175,6 +175,7 @@ def describe(service: GenerationService) -> dict[str, Any]:
         "validation_workers": config.validation_workers,
         "default_adapter_source": config.default_adapter_source,
         "has_chat_template": tokenizer.has_chat_template,
+        "chat_template_variables": sorted(tokenizer.chat_template_variables),
         "vocab_size": tokenizer.vocab_size,
         "eos_token_ids": list(tokenizer.eos_token_ids),
         "ready": service.ready,

@@ -50,6 +50,11 @@ class TokenizerPool:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def chat_template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads; a template that does not read `tools` ignores them."""
+        return frozenset() if self._template is None else self._template.variables
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; texts of special tokens inside it become those tokens.
 

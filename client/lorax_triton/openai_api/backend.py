@@ -46,9 +46,13 @@ class Backend(Protocol):
         ...
 
     async def info(self) -> Mapping[str, Any]:
-        """Facts about the server: at least `model_id`; `chat_template_variables`, `aliases` if it tells."""
+        """Facts about the server: at least `model_id`; `chat_template_variables` if it tells."""
         ...
 
     async def adapters(self) -> Sequence[Mapping[str, Any]]:
         """The adapters the server knows."""
+        ...
+
+    async def aliases(self) -> Mapping[str, Any]:
+        """What each alias stands for: a list of targets, objects with `adapter_id`."""
         ...

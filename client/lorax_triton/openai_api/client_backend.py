@@ -56,6 +56,11 @@ class ClientBackend:
         """See `Backend.adapters`."""
         return await self._client.adapters()
 
+    async def aliases(self) -> Mapping[str, Any]:
+        """See `Backend.aliases`."""
+        aliases = (await self._client._control("aliases")).get("aliases")
+        return aliases if isinstance(aliases, Mapping) else {}
+
 
 def encode_call(call: Call, model_name: str) -> InferRequest:
     """The tensors of a call."""

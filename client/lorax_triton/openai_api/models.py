@@ -39,8 +39,7 @@ async def adapter_of_model(name: str, backend: Backend) -> str | None:
 
 async def list_models(backend: Backend) -> dict[str, Any]:
     """The body of `GET /v1/models`: the base model, the adapters the server knows, and its aliases."""
-    info = await backend.info()
-    base = str(info.get("model_id") or "")
+    base = await base_model(backend)
     models = [_model(base, root=base, parent=None)]
     seen = {base}
     for adapter in await backend.adapters():
@@ -48,10 +47,10 @@ async def list_models(backend: Backend) -> dict[str, Any]:
         if model["id"] and model["id"] not in seen:
             seen.add(model["id"])
             models.append(model)
-    for alias, target in _aliases(info).items():
+    for alias, targets in (await backend.aliases()).items():
         if alias not in seen:
             seen.add(alias)
-            models.append(_model(alias, root=target, parent=base))
+            models.append(_model(alias, root=_root(alias, targets), parent=base))
     return {"object": "list", "data": models}
 
 
@@ -90,11 +89,8 @@ def _adapter_model(adapter: Mapping[str, Any], base: str) -> dict[str, Any]:
     return model
 
 
-def _aliases(info: Mapping[str, Any]) -> dict[str, str]:
-    """The server's aliases, if it tells of them: alias -> what it stands for."""
-    aliases = info.get("aliases")
-    if not isinstance(aliases, Mapping):
-        return {}
-    return {
-        str(alias): target if isinstance(target, str) else str(alias) for alias, target in aliases.items()
-    }
+def _root(alias: str, targets: Any) -> str:
+    """The adapter that an alias stands for; itself if there are several."""
+    if isinstance(targets, list) and len(targets) == 1 and isinstance(targets[0], Mapping):
+        return str(targets[0].get("adapter_id") or alias)
+    return alias

@@ -53,7 +53,8 @@ async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes
     except Exception as error:
         _logger.exception("%s %s failed", method, path)
         answer = internal_error(error).answer()
-    answer.headers.setdefault("x-request-id", f"req_{uuid.uuid4().hex}")
+    if not any(name.lower() == "x-request-id" for name in headers):  # else whoever gave it repeats it
+        answer.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
     return answer
 
 
