@@ -19,7 +19,7 @@ from lorax_triton.types import Parameters, Request
 ENGINE_MODEL = "lorax"
 DEFAULT_TIMEOUT_S = 60.0
 # Commands that change something for everybody begin with one of these; they need the admin key.
-_GUARDED_COMMANDS = ("adapter_", "alias_")
+_GUARDED_COMMANDS = ("adapter_", "alias_", "reset_")
 # A cancellation through a control request that nobody waits for.
 CANCEL_TIMEOUT_S = 5.0
 

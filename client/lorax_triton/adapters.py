@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lorax_triton._requests import ADAPTER_SOURCES
@@ -15,10 +15,12 @@ TIERS = ("device", "host", "disk")
 _FIRST_POLL_S = 0.02
 _LONGEST_POLL_S = 0.5
 
-_FAILED = ("failed", "error")
+_ON_THE_WAY = ("fetching", "fetched", "reading", "loading")
 
 Answer = dict[str, Any]
 AdapterInfo = dict[str, Any]
+# An adapter, weights by adapter, or entries of `adapter_id`, `adapter_source`, `revision` and `weight`.
+AliasTarget = str | Mapping[str, float] | Sequence[Mapping[str, Any]]
 
 
 def adapter_arguments(
@@ -54,33 +56,55 @@ def preload_arguments(adapter: dict[str, Any], tier: str, pin: bool) -> dict[str
     return {**adapter, "tier": tier, "pin": pin}
 
 
-def alias_arguments(name: str, target: str | Mapping[str, float]) -> dict[str, Any]:
+def alias_arguments(name: str, target: AliasTarget) -> dict[str, Any]:
     """A name and the adapters it stands for."""
-    if not name:
+    if not isinstance(name, str) or not name:
         raise ValidationError("an alias needs a name")
     if isinstance(target, str):
-        return {"alias": name, **adapter_arguments(target)}
-    if not target or not all(adapter_id and weight > 0 for adapter_id, weight in target.items()):
+        targets: list[Mapping[str, Any]] = [{"adapter_id": target}]
+    elif isinstance(target, Mapping):
+        targets = [{"adapter_id": adapter_id, "weight": weight} for adapter_id, weight in target.items()]
+    else:
+        targets = list(target)
+    if not targets or not all(entry.get("adapter_id") and entry.get("weight", 1) > 0 for entry in targets):
         raise ValidationError("`target` must name at least one adapter, each with a weight above 0")
-    return {"alias": name, "targets": dict(target)}
+    return {"alias": name, "targets": [dict(entry) for entry in targets]}
 
 
 def is_loading(answer: Answer) -> bool:
     """True if the server has not finished with an adapter yet."""
-    return answer.get("status") not in (None, "ready", *_FAILED)
+    return answer.get("status") == "loading"
 
 
-def checked(answer: Answer) -> Answer:
-    """The answer, unless it tells of a failure.
+def progress_of(answer: Answer, adapters: Iterable[AdapterInfo], tier: str) -> Answer:
+    """How far the adapter of an earlier answer is by now, from the server's list.
+
+    Args:
+        answer: to a command about it.
+        adapters: the server's list.
+        tier: where the adapter is wanted.
 
     Raises:
-        LoraxError: what the server says went wrong.
+        AdapterError: it cannot be loaded; the subclasses say why.
     """
-    if answer.get("status") not in _FAILED:
+    same = [
+        row
+        for row in adapters
+        if not row.get("retired")
+        and all(row.get(key) == answer.get(key) for key in ("id", "source", "revision"))
+    ]
+    for row in same:
+        if row.get("error"):
+            raise parse_error(
+                424, {"error": row["error"], "error_type": row.get("error_type", "adapter_error")}
+            )
+    if any(row.get("status") in _ON_THE_WAY for row in same):
         return answer
-    error = answer.get("error")
-    payload = error if isinstance(error, Mapping) else {"error": error, "error_type": "adapter_error"}
-    raise parse_error(int(payload.get("http_status") or 424), payload)
+    if not same:
+        return {**answer, "status": "not_loaded"}
+    row = same[0]
+    near = row.get("tier") in TIERS[: TIERS.index(tier) + 1]
+    return {**answer, **row, "status": "ready" if near else "loading"}
 
 
 def _pauses(adapter_id: str, deadline: float | None) -> Iterator[float]:
@@ -102,7 +126,7 @@ class Adapters:
 
     `client.adapters()` is short for `client.adapters.list()`. All but the lists need the server's admin key (the
     client's `admin_key`). Every call raises a LoraxError if the server could not be asked or refused:
-    AdapterUnauthorizedError or ValidationError without the right key, AdapterError and its subclasses for an adapter
+    UnauthorizedError without the right key, AdapterError and its subclasses for an adapter
     that cannot be used, NotFoundError for one the server does not have.
     """
 
@@ -196,26 +220,29 @@ class Adapters:
         return self._control("adapter_purge", adapter_arguments(adapter_id, adapter_source))
 
     def aliases(self) -> dict[str, Any]:
-        """The names that stand for adapters, with what they stand for."""
+        """The names that stand for adapters, each with its targets: `adapter_id`, `revision`, `weight` ..."""
         return dict(self._control("aliases", {}).get("aliases", {}))
 
-    def set_alias(self, name: str, target: str | Mapping[str, float]) -> Answer:
-        """Let `name` stand for an adapter, or for several with weights, of which each request draws one."""
+    def set_alias(self, name: str, target: AliasTarget) -> Answer:
+        """Let `name` stand for an adapter, or for several with weights, of which each request draws one; from now on.
+        "__base_model__" is the base model."""
         return self._control("alias_set", alias_arguments(name, target))
 
-    def delete_alias(self, name: str) -> Answer:
-        """Forget a name."""
-        return self._control("alias_delete", {"alias": name})
+    def delete_alias(self, name: str) -> bool:
+        """Forget a name; False if there is none of that kind."""
+        return bool(self._control("alias_delete", {"alias": name}).get("deleted", False))
 
     def _wait(
         self, answer: Answer, arguments: Mapping[str, Any], wait: bool, timeout: float | None
     ) -> Answer:
         deadline = None if timeout is None else time.monotonic() + timeout
         pauses = _pauses(arguments["adapter_id"], deadline)
+        # A reloaded adapter comes back to where it was, which is at least in the host's memory.
+        tier = arguments.get("tier", "host")
         while wait and is_loading(answer):
             time.sleep(next(pauses))
-            answer = self._control("adapter_preload", arguments)
-        return checked(answer)
+            answer = progress_of(answer, self.list(), tier)
+        return answer
 
 
 class AsyncAdapters:
@@ -293,20 +320,22 @@ class AsyncAdapters:
         """See `Adapters.aliases`."""
         return dict((await self._control("aliases", {})).get("aliases", {}))
 
-    async def set_alias(self, name: str, target: str | Mapping[str, float]) -> Answer:
+    async def set_alias(self, name: str, target: AliasTarget) -> Answer:
         """See `Adapters.set_alias`."""
         return await self._control("alias_set", alias_arguments(name, target))
 
-    async def delete_alias(self, name: str) -> Answer:
+    async def delete_alias(self, name: str) -> bool:
         """See `Adapters.delete_alias`."""
-        return await self._control("alias_delete", {"alias": name})
+        return bool((await self._control("alias_delete", {"alias": name})).get("deleted", False))
 
     async def _wait(
         self, answer: Answer, arguments: Mapping[str, Any], wait: bool, timeout: float | None
     ) -> Answer:
         deadline = None if timeout is None else time.monotonic() + timeout
         pauses = _pauses(arguments["adapter_id"], deadline)
+        # A reloaded adapter comes back to where it was, which is at least in the host's memory.
+        tier = arguments.get("tier", "host")
         while wait and is_loading(answer):
             await asyncio.sleep(next(pauses))
-            answer = await self._control("adapter_preload", arguments)
-        return checked(answer)
+            answer = progress_of(answer, await self.list(), tier)
+        return answer

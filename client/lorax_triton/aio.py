@@ -268,6 +268,15 @@ class AsyncClient(AsyncSession):
         """
         return await self._control("stats", {})
 
+    async def tokenize(self, inputs: str, add_special_tokens: bool = True) -> list[dict[str, Any]]:
+        """The tokens of a text: `id`, `text`, and its place in the text as `start` and `stop` in characters.
+
+        Raises:
+            LoraxError: the server could not be asked, or cannot tell.
+        """
+        arguments = {"inputs": inputs, "add_special_tokens": add_special_tokens}
+        return list((await self._control("tokenize", arguments)).get("tokens", ()))
+
     async def metrics(self, format: str = "prometheus") -> str | dict[str, Any]:
         """The server's metrics, from Triton's metrics port.
 

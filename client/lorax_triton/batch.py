@@ -109,6 +109,7 @@ class _Workers:
         self._streams: set[TokenStream] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self.first_error: LoraxError | None = None  # the one that ended the batch
 
     def answer(self, item: BatchItem) -> Response | LoraxError:
         """Send one item, again and again while the server is full; its answer or error."""
@@ -118,10 +119,17 @@ class _Workers:
                 return self._send(item)
             except OverloadedError as error:
                 pause = next(pauses, None)
-                if pause is None or self._stopped.wait(pause):
-                    return error
+                if pause is None or self._stopped.wait(max(pause, error.retry_after or 0.0)):
+                    return self._keep(error)
             except LoraxError as error:
-                return error
+                return self._keep(error)
+
+    def _keep(self, error: LoraxError) -> LoraxError:
+        if not self._options.return_exceptions:
+            with self._lock:
+                self.first_error = self.first_error or error
+            self.stop()
+        return error
 
     def stop(self) -> None:
         """Cancel what is open and send no more."""
@@ -161,7 +169,10 @@ def run_batch(
     try:
         futures = {pool.submit(workers.answer, item): item.index for item in items}
         for future in as_completed(futures):
-            results.put(futures[future], _raise_or_keep(future.result(), options))
+            answer = future.result()
+            if workers.first_error is not None:
+                raise workers.first_error
+            results.put(futures[future], answer)
         return results.take()
     except BaseException:
         # An interrupt too must leave no request running on the server.
@@ -185,7 +196,9 @@ async def run_batch_async(
     async def work() -> None:
         for item in waiting:
             answer = await _answer_async(open_stream, item, options)
-            results.put(item.index, _raise_or_keep(answer, options))
+            if isinstance(answer, LoraxError) and not options.return_exceptions:
+                raise answer
+            results.put(item.index, answer)
 
     tasks = [asyncio.create_task(work()) for _ in range(min(options.concurrency, len(items)))]
     try:
@@ -210,15 +223,9 @@ async def _answer_async(
             pause = next(pauses, None)
             if pause is None:
                 return error
-            await asyncio.sleep(pause)
+            await asyncio.sleep(max(pause, error.retry_after or 0.0))
         except LoraxError as error:
             return error
-
-
-def _raise_or_keep(answer: Response | LoraxError, options: BatchOptions) -> Response | LoraxError:
-    if isinstance(answer, LoraxError) and not options.return_exceptions:
-        raise answer
-    return answer
 
 
 class Results:

@@ -327,6 +327,15 @@ class Client(Session):
         """
         return self._control("stats", {})
 
+    def tokenize(self, inputs: str, add_special_tokens: bool = True) -> list[dict[str, Any]]:
+        """The tokens of a text: `id`, `text`, and its place in the text as `start` and `stop` in characters.
+
+        Raises:
+            LoraxError: the server could not be asked, or cannot tell.
+        """
+        arguments = {"inputs": inputs, "add_special_tokens": add_special_tokens}
+        return list((self._control("tokenize", arguments)).get("tokens", ()))
+
     def metrics(self, format: str = "prometheus") -> str | dict[str, Any]:
         """The server's metrics, from Triton's metrics port.
 

@@ -10,6 +10,7 @@ LoraxError
 │       └── AdapterTooLargeError  AdapterDownloadError
 ├── IncompleteGenerationError        the stream ended before the answer did
 ├── OverloadedError                  too many requests in flight; back off and try again
+├── UnauthorizedError                the command needs the server's admin key
 ├── RequestCancelledError            cancelled here or by a control request
 ├── RequestTimeoutError              (also a TimeoutError) no answer in time
 ├── ServerConnectionError            (also a ConnectionError) no connection, or it broke
@@ -35,6 +36,7 @@ class LoraxError(Exception):
         status: the HTTP status that stands for this failure, or None if it never reached a server.
         error_type: the server's word for the kind, such as "validation" or "adapter_not_found", or None.
         request_id: the request at fault, or None.
+        retry_after: seconds after which the server thinks a new try is worth it, or None.
     """
 
     def __init__(self, message: str) -> None:
@@ -43,6 +45,7 @@ class LoraxError(Exception):
         self.status: int | None = None
         self.error_type: str | None = None
         self.request_id: str | None = None
+        self.retry_after: float | None = None
 
 
 class ValidationError(LoraxError):
@@ -91,6 +94,10 @@ class IncompleteGenerationError(LoraxError):
 
 class OverloadedError(LoraxError):
     """Too many requests are in flight; back off and try again."""
+
+
+class UnauthorizedError(LoraxError):
+    """The command changes the server, and the request does not carry its admin key."""
 
 
 class RequestCancelledError(LoraxError):
@@ -156,12 +163,19 @@ _BY_TYPE: dict[str, type[LoraxError]] = {
     "unsupported": UnsupportedError,
     "template_error": TemplateError,
     "missing_template_variable": TemplateError,
+    "tool_error": ValidationError,
+    "invalid_input": BadRequestError,
+    "no fast tokenizer": NotFoundError,
+    "unauthorized": UnauthorizedError,
     "generation": GenerationError,
+    "embedding_failure": GenerationError,
+    "classification_failure": GenerationError,
     "incomplete_generation": IncompleteGenerationError,
     "overloaded": OverloadedError,
     "cancelled": RequestCancelledError,
     "engine_dead": EngineDeadError,
     "shutting_down": ShuttingDownError,
+    "healthcheck": ShardNotReadyError,
     "adapter_error": AdapterError,
     "adapter_not_found": AdapterNotFoundError,
     "adapter_unauthorized": AdapterUnauthorizedError,
@@ -239,6 +253,8 @@ def parse_error(
     error = kind(message) if kind is not None else UnknownError(message, status_code)
     error.status = status_code
     error.error_type = None if error_type is None else str(error_type)
+    wait = payload.get("retry_after_s")
+    error.retry_after = float(wait) if isinstance(wait, int | float) else None
     return error
 
 

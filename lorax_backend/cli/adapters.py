@@ -26,7 +26,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("USERS", "users", str),
     ("HITS", "hits", str),
     ("LAST USED", "last_used_s", lambda seconds: f"{age(seconds)} ago"),
-    ("PINNED", "pinned", lambda pinned: "yes" if pinned else ""),
+    ("PINNED", "pinned", lambda pinned: "yes" if pinned is True else str(pinned)),
 )
 _TIERS = ("device", "host", "disk")
 
@@ -113,6 +113,8 @@ def _run(client: Client, parsed: argparse.Namespace) -> str:
     if parsed.action == "alias" and parsed.verb == "list":
         return "\n".join(f"{name}  {_alias_text(target)}" for name, target in answer.items()) or "no aliases"
     subject = getattr(parsed, "adapter_id", None) or getattr(parsed, "name", None) or "adapters"
+    if parsed.action == "alias" and parsed.verb == "set":
+        return f"{subject}  {_alias_text(answer['targets'])}"
     return f"{subject}: {_answer_text(answer) or 'done'}"
 
 
@@ -139,7 +141,7 @@ def _run_alias(client: Client, parsed: argparse.Namespace) -> dict[str, Any]:
     if parsed.verb == "list":
         return client.adapters.aliases()
     if parsed.verb == "delete":
-        return client.adapters.delete_alias(parsed.name)
+        return {"status": "deleted" if client.adapters.delete_alias(parsed.name) else "no such alias"}
     return client.adapters.set_alias(parsed.name, read_targets(parsed.targets))
 
 
@@ -207,15 +209,16 @@ def _answer_text(answer: Mapping[str, Any]) -> str:
     return ", ".join(part for part in (status, *facts) if part)
 
 
-def _alias_text(target: Any) -> str:
-    if isinstance(target, Mapping):
-        targets = target.get("targets", target)
-        if isinstance(targets, Mapping) and all(
-            isinstance(weight, int | float) for weight in targets.values()
-        ):
-            return ", ".join(f"{name} ({weight:g})" for name, weight in targets.items())
-        return str(target.get("adapter_id", json.dumps(target)))
-    return target if isinstance(target, str) else json.dumps(target)
+def _alias_text(targets: Sequence[Mapping[str, Any]]) -> str:
+    names = [
+        f"{target['adapter_id']}@{target['revision']}"
+        if target.get("revision")
+        else str(target["adapter_id"])
+        for target in targets
+    ]
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(f"{name} ({target['weight']:g})" for name, target in zip(names, targets, strict=True))
 
 
 def _as_json(value: Any) -> str:
