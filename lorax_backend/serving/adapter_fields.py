@@ -7,7 +7,7 @@ from typing import Any
 
 from lorax_backend.config import ServerConfig
 from lorax_backend.errors import UnsupportedError, ValidationError
-from lorax_backend.serving.given import Given
+from lorax_backend.serving.given import Given, at
 from lorax_backend.serving.schema import shorten
 from lorax_backend.types import BASE_MODEL_ID, AdapterRef
 
@@ -124,31 +124,37 @@ def parse_merge(fields: dict[str, Any], label: str = "merged_adapters") -> Merge
     known = ("ids", "weights", "merge_strategy", "density", "majority_sign_method")
     for key in fields:
         if key not in known:
-            raise ValidationError(f"{label}.{shorten(key)}: unknown, expected one of {', '.join(known)}")
+            raise ValidationError(
+                f"{at(label, f'.{shorten(key)}')}: unknown, expected one of {', '.join(known)}"
+            )
     ids = fields.get("ids")
     if not isinstance(ids, list) or not ids or not all(isinstance(item, str) and item for item in ids):
-        raise ValidationError(f"{label}.ids: expected a list of at least one adapter id")
+        raise ValidationError(f"{at(label, '.ids')}: expected a list of at least one adapter id")
     weights = fields.get("weights") or [1.0] * len(ids)
     if not isinstance(weights, list) or not all(_is_number(item) for item in weights):
-        raise ValidationError(f"{label}.weights: expected a list of numbers")
+        raise ValidationError(f"{at(label, '.weights')}: expected a list of numbers")
     if len(weights) != len(ids):
-        raise ValidationError(f"{label}.weights: {len(weights)} weights for {len(ids)} ids; give one an id")
+        raise ValidationError(
+            f"{at(label, '.weights')}: {len(weights)} weights for {len(ids)} ids; give one an id"
+        )
     strategy = fields.get("merge_strategy") or "linear"
     if strategy not in MERGE_STRATEGIES:
         raise ValidationError(
-            f"{label}.merge_strategy: {shorten(strategy)} is not one of {', '.join(MERGE_STRATEGIES)}"
+            f"{at(label, '.merge_strategy')}: {shorten(strategy)} is not one of {', '.join(MERGE_STRATEGIES)}"
         )
     method = fields.get("majority_sign_method") or "total"
     if method not in SIGN_METHODS:
         raise ValidationError(
-            f"{label}.majority_sign_method: {shorten(method)} is not one of {', '.join(SIGN_METHODS)}"
+            f"{at(label, '.majority_sign_method')}: {shorten(method)} is not one of {', '.join(SIGN_METHODS)}"
         )
     density = 0.0 if fields.get("density") is None else fields["density"]
     if not _is_number(density) or not 0 <= density <= 1:
-        raise ValidationError(f"{label}.density: expected a number from 0 to 1, got {shorten(density)}")
+        raise ValidationError(
+            f"{at(label, '.density')}: expected a number from 0 to 1, got {shorten(density)}"
+        )
     if strategy != "linear" and density == 0:
         raise ValidationError(
-            f"{label}.density: {strategy} needs a density above 0, the share of weights to keep"
+            f"{at(label, '.density')}: {strategy} needs a density above 0, the share of weights to keep"
         )
     return MergedAdapters(tuple(ids), tuple(map(float, weights)), strategy, float(density), method)
 

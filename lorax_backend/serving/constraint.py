@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorax_backend.errors import UnsupportedError, ValidationError
-from lorax_backend.serving.given import Given
+from lorax_backend.serving.given import Given, at
 from lorax_backend.serving.schema import load_json, shorten
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -55,14 +55,16 @@ def _response_format(given: Given) -> Constraint | None:
     label = given.label("response_format")
     kind = fields.get("type")
     if kind not in _FORMATS:
-        raise ValidationError(f"{label}.type: {shorten(kind)} is not one of {', '.join(_FORMATS)}")
+        raise ValidationError(f"{at(label, '.type')}: {shorten(kind)} is not one of {', '.join(_FORMATS)}")
     if kind == "text":
         return None
     nested = fields.get("json_schema")
     if nested is not None and not isinstance(nested, dict):
-        raise ValidationError(f"{label}.json_schema: expected an object with a schema, got {shorten(nested)}")
+        raise ValidationError(
+            f"{at(label, '.json_schema')}: expected an object with a schema, got {shorten(nested)}"
+        )
     schema = fields.get("schema") if fields.get("schema") is not None else (nested or {}).get("schema")
-    return Constraint("json_schema", _checked_schema(schema, f"{label}.schema"), label)
+    return Constraint("json_schema", _checked_schema(schema, at(label, ".schema")), label)
 
 
 def _schema(given: Given) -> Constraint | None:

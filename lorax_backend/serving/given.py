@@ -41,6 +41,12 @@ _HARMLESS = frozenset(
 _PROMPT_NAMES = frozenset(parameter.name for parameter in PROMPT_PARAMETERS)
 
 
+def at(label: str, place: str) -> str:
+    """A place inside a field, such as `.ids` or `[3]`, after the field's name and before where it was given."""
+    name, separator, where = label.partition(" (in ")
+    return f"{name}{place}{separator}{where}"
+
+
 @dataclass(slots=True)
 class RawRequest:
     """A request as it arrived.

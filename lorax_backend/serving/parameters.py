@@ -12,7 +12,7 @@ from lorax_backend.errors import ValidationError
 from lorax_backend.serving.adapter_fields import read_adapter
 from lorax_backend.serving.chat import validate_messages
 from lorax_backend.serving.constraint import read_constraint
-from lorax_backend.serving.given import Given, RawRequest, collect
+from lorax_backend.serving.given import Given, RawRequest, at, collect
 from lorax_backend.serving.schema import shorten
 from lorax_backend.types import GenerateRequest, OutputOptions, SamplingParams
 
@@ -186,7 +186,7 @@ def _read_sampling(given: Given) -> SamplingParams:
 def _read_bias(given: Given) -> tuple[tuple[int, float], ...]:
     bias = []
     for key, value in (given.values.get("logit_bias") or {}).items():
-        label = f"{given.label('logit_bias')}[{shorten(key)}]"
+        label = at(given.label("logit_bias"), f"[{shorten(key)}]")
         number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
         if not str(key).isdecimal() or len(str(key)) > 9:
             given.report(f"{label}: expected a token id as key")
