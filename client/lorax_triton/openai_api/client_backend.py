@@ -58,8 +58,7 @@ class ClientBackend:
 
     async def aliases(self) -> Mapping[str, Any]:
         """See `Backend.aliases`."""
-        aliases = (await self._client._control("aliases")).get("aliases")
-        return aliases if isinstance(aliases, Mapping) else {}
+        return await self._client.adapters.aliases()
 
 
 def encode_call(call: Call, model_name: str) -> InferRequest:
