@@ -56,7 +56,8 @@ def fetch_metrics(url: str, format: str, timeout: float | None) -> str | dict[st
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             text = answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
-        said = error.read(500).decode(errors="replace").strip() or error.reason
+        with error:
+            said = error.read(500).decode(errors="replace").strip() or error.reason
         raise parse_error(error.code, {"error": f"{url}: {said}"}) from None
     except OSError as problem:
         reason = getattr(problem, "reason", problem)
@@ -94,12 +95,16 @@ def _read_comment(line: str, families: dict[str, dict[str, Any]]) -> None:
 
 def _read_sample(line: str, families: dict[str, dict[str, Any]]) -> None:
     match = _SAMPLE.match(line)
+    try:
+        value = float(match["value"] if match else "")
+    except ValueError:
+        match = None
     if match is None:
         raise LoraxError(f"The server's metrics cannot be read at {line[:200]!r}")
     name = match["name"]
     sample: dict[str, Any] = {
         "labels": {key: _unescape(value) for key, value in _LABEL.findall(match["labels"] or "")},
-        "value": float(match["value"]),
+        "value": value,
     }
     family = name
     for suffix in _SUFFIXES:
