@@ -26,7 +26,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("USERS", "users", str),
     ("HITS", "hits", str),
     ("LAST USED", "last_used_s", lambda seconds: f"{age(seconds)} ago"),
-    ("PINNED", "pinned", lambda pinned: "yes" if pinned is True else str(pinned)),
+    ("PINNED", "pinned", str),
 )
 _TIERS = ("device", "host", "disk")
 
@@ -169,7 +169,9 @@ def adapters_table(adapters: Sequence[Mapping[str, Any]]) -> str:
     if not adapters:
         return "no adapters"
     columns = [
-        column for column in _COLUMNS if any(row.get(column[1]) not in (None, False, "") for row in adapters)
+        column
+        for column in _COLUMNS
+        if any(row.get(column[1]) or row.get(column[1]) == 0 for row in adapters)
     ]
     cells = [[title for title, _, _ in columns]]
     cells += [
