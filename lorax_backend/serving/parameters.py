@@ -28,6 +28,7 @@ def parse_request(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
         ValidationError: naming every field that is unknown, of the wrong type, out of range or in conflict.
         UnsupportedError: every problem is a feature this server does not have.
     """
+    _refuse_embedding(raw, config)
     given = collect(raw)
     values = given.values
     prompt = _read_prompt(given, config)
@@ -66,6 +67,15 @@ def parse_request(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
         queue_timeout_s=values.get("queue_timeout_s") or config.queue_timeout_s or None,
         guideline=values.get("guideline"),
     )
+
+
+def _refuse_embedding(raw: RawRequest, config: ServerConfig) -> None:
+    """Say what is wrong with a request for an embedding or classes, rather than that it has no prompt."""
+    if raw.fields.get("embedding_request") or raw.parameters.get("embedding_request"):
+        raise UnsupportedError(
+            f"embedding_request: {config.model_id} is served to generate text, it neither embeds nor classifies; "
+            "ask a server of a model that does"
+        )
 
 
 def parse_prompt(raw: RawRequest, config: ServerConfig) -> GenerateRequest:

@@ -185,6 +185,12 @@ def test_a_feature_that_is_missing_is_named_and_its_neutral_value_passes(
     parse(sampling_json(**{name: neutral}))
 
 
+def test_an_embedding_request_is_refused_by_the_models_name_whatever_else_it_lacks() -> None:
+    raw = RawRequest("r", {"embedding_request": '{"input": ["x"]}', "return_details": True})
+    with pytest.raises(UnsupportedError, match="acme/base is served to generate text"):
+        parse_request(raw, ServerConfig(model_id="acme/base"))
+
+
 def test_unsupported_among_other_problems_is_a_validation_error() -> None:
     with pytest.raises(ValidationError) as caught:
         parse(sampling_json(min_p=0.5, temperature=-1))
