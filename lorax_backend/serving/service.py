@@ -21,6 +21,7 @@ from lorax_backend.errors import (
     EngineDeadError,
     GenerationError,
     LoraxError,
+    OverloadedError,
     ShuttingDownError,
 )
 from lorax_backend.serving.adapter_fields import adapter_ref
@@ -364,6 +365,8 @@ class GenerationService:
     def _next_event(self, live: LiveRequest, outputs: list[TokenOutput]) -> GenerationEvent | None:
         builder = live.builder
         if live.error is not None:
+            if live.error.get("error_type") == OverloadedError.error_type:  # the engine does not know how long
+                live.error.setdefault("retry_after_s", self._admission.retry_after_s)
             return GenerationEvent(
                 error=live.error,
                 prompt_tokens=builder.prompt_tokens if builder else 0,
