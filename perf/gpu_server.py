@@ -108,7 +108,7 @@ def server(model: Path, **options: object) -> Iterator[TritonServer]:
     """A running tritonserver with the model; prints why it did not start."""
     parameters = {"model_id": str(model), "load_format": "dummy", "default_adapter_source": "local",
                   "max_total_tokens": "4096", "max_batch_size": "128", "max_active_adapters": "160",
-                  "prefix_caching": "false", "adapter_host_bytes": str(24 << 30)}  # fmt: skip
+                  "prefix_caching": "false"}  # fmt: skip
     parameters |= {name: str(value) for name, value in options.items()}
     with TemporaryDirectory() as folder:
         started = time.monotonic()
@@ -123,6 +123,13 @@ def server(model: Path, **options: object) -> Iterator[TritonServer]:
             yield running
 
 
+def _host_bytes(adapters: list[str], factor: int) -> int:
+    """Host memory for all of them, with room to spare; `factor` is the element size over that of the files."""
+    return factor * 5 * sum(
+        Path(folder, "adapter_model.safetensors").stat().st_size for folder in adapters
+    ) // 4 + (64 << 20)
+
+
 def check(model: Path, adapters: list[str], args: argparse.Namespace, vocab: int) -> dict[str, Any]:
     """Greedy tokens of all requests at once against the same requests one by one."""
     rng = np.random.default_rng(3)
@@ -131,7 +138,9 @@ def check(model: Path, adapters: list[str], args: argparse.Namespace, vocab: int
                 args.check_tokens)
         for i in range(args.check_streams)
     ]  # fmt: skip
-    with server(model, dtype="float32", adapter_pages=80) as running:
+    with server(
+        model, dtype="float32", adapter_pages=80, adapter_host_bytes=_host_bytes(adapters, 2)
+    ) as running:
         together = run_streams(running.grpc_address, requests)
         alone = [run_streams(running.grpc_address, [request])[0] for request in requests]
     errors = [record.error for record in together + alone if record.error]
@@ -184,7 +193,8 @@ def measure(model: Path, adapters: list[str], args: argparse.Namespace, vocab: i
             flush=True,
         )
 
-    with server(model, adapter_pages=2 * len(adapters) + 8) as running:
+    options = {"adapter_pages": 2 * len(adapters) + 8, "adapter_host_bytes": _host_bytes(adapters, 1)}
+    with server(model, **options) as running:
         address = running.grpc_address
         started = time.monotonic()
         burst("warm up, adapters loaded", len(adapters), 16, 4, adapters)
