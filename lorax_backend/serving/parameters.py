@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorax_backend.config import ServerConfig
-from lorax_backend.errors import ValidationError
+from lorax_backend.errors import UnsupportedError, ValidationError
 from lorax_backend.serving.adapter_fields import read_adapter
 from lorax_backend.serving.chat import validate_messages
 from lorax_backend.serving.constraint import read_constraint
