@@ -94,6 +94,9 @@ class FakeProvider:
     def key(name: str) -> str:
         return f"local:{name}"
 
+    def resolve(self, ref: AdapterRef) -> AdapterRef:
+        return ref
+
     def acquire(self, handle: int, ref: AdapterRef, api_token: str | None) -> None:
         assert handle not in self._wanted, "acquired twice"
         self._wanted[handle] = ref.id
@@ -432,11 +435,12 @@ def make_core(
 def make_request(
     handle: int, prompt: Sequence[int] = (1, 2, 3), adapter: str | None = None, **options: Any
 ) -> Any:
-    """An EngineRequest; `priority` and the fields of SamplingParams are options."""
+    """An EngineRequest; `priority`, `queue_timeout_s` and the fields of SamplingParams are options."""
     priority = options.pop("priority", 0)
+    queue_timeout_s = options.pop("queue_timeout_s", None)
     sampling = SamplingParams(**{"max_new_tokens": 4, **options})
     ref = AdapterRef("local", adapter) if adapter is not None else None
-    return EngineRequest(handle, list(prompt), sampling, ref, priority=priority)
+    return EngineRequest(handle, list(prompt), sampling, ref, None, priority, queue_timeout_s)
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,16 @@ class EngineCore:
     def add(self, request: EngineRequest) -> list[TokenOutput]:
         """Queue a request; an output only if it is refused at once."""
         seq = Sequence.from_request(request, self._clock())
+        if seq.adapter is not None:
+            seq.adapter = self.adapters.resolve(seq.adapter)
         try:
             self._check_token_ids(request.prompt_ids)
             self.scheduler.add(seq)
-        except ValidationError as error:
+        except LoraxError as error:
             return [TokenOutput(request.handle, None, error=error.to_dict())]
-        if request.adapter is not None:
+        if seq.adapter is not None:
             try:
-                self.adapters.acquire(request.handle, request.adapter, request.api_token)
+                self.adapters.acquire(request.handle, seq.adapter, request.api_token)
             except LoraxError as error:
                 return self.scheduler.end_with_error(request.handle, error)
         return []
@@ -89,6 +91,12 @@ class EngineCore:
     def has_work(self) -> bool:
         """True if a sequence runs or could; False if only a new request or a loaded adapter can help."""
         return bool(self._in_flight) or self.scheduler.has_work
+
+    @property
+    def patience_s(self) -> float | None:
+        """Seconds until a request gives up waiting in the queue; None if none will."""
+        deadline = self.scheduler.next_deadline
+        return None if deadline is None else max(0.0, deadline - self._clock())
 
     def step(self) -> list[TokenOutput]:
         """Compute one step, or read one: the new tokens, and ends of sequences.

@@ -83,13 +83,13 @@ class EngineLoop:
                 self._send_stats()
 
     def _sleep(self) -> None:
-        stuck = self._core.has_work
-        if not stuck:
+        limit = self._core.patience_s
+        if self._core.has_work:
+            limit = _STALLED_WAIT_S if limit is None else min(limit, _STALLED_WAIT_S)
+        else:
             self._send_stats()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._commands or self._woken or self._stopping, _STALLED_WAIT_S if stuck else None
-            )
+            self._changed.wait_for(lambda: self._commands or self._woken or self._stopping, limit)
             self._woken = False
 
     def _send_stats(self) -> None:

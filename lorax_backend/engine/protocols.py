@@ -60,6 +60,11 @@ class AdapterFailure:
 class AdapterProvider(Protocol):
     """Gets adapters near and onto the device. Every method is called from the engine thread and returns at once."""
 
+    def resolve(self, ref: AdapterRef) -> AdapterRef:
+        """The reference under which a request that comes now is scheduled: in its one spelling, and of the weights
+        that are current. One that cannot be right comes back as it is."""
+        ...
+
     def acquire(self, handle: int, ref: AdapterRef, api_token: str | None) -> None:
         """Note that request `handle` needs the adapter; start loading it if nobody has."""
         ...

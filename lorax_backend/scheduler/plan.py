@@ -25,8 +25,8 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def add(self, seq: Sequence) -> None:
-        """Compute as many of the sequence's missing tokens as the budget allows, at least one."""
+    def add(self, seq: Sequence) -> int:
+        """Compute as many of the sequence's missing tokens as the budget allows, at least one; how many."""
         start, end = seq.num_computed, seq.num_tokens
         count = min(end - start, self.budget)
         sample = start + count == end
@@ -34,6 +34,13 @@ class StepPlan:
         (self._decodes if sample and count == 1 else self._prefills).append(item)
         self._handles.add(seq.handle)
         self.budget -= count
+        return count
+
+    def add_decode(self, seq: Sequence, num_tokens: int) -> None:
+        """Compute the one missing token of a sequence of `num_tokens`: `add` for what a step mostly consists of."""
+        self._decodes.append(ScheduledSequence(seq, num_tokens - 1, 1, True, num_tokens - seq.prompt_len))
+        self._handles.add(seq.handle)
+        self.budget -= 1
 
     def batch(self, finished_slots: list[int]) -> ScheduledBatch:
         return ScheduledBatch(self._decodes + self._prefills, self._total - self.budget, finished_slots)

@@ -12,19 +12,19 @@ longer than is known (`num_in_flight`), and step k+1 takes that token on the dev
 from __future__ import annotations
 
 import time
-from bisect import insort
 from collections.abc import Callable
 
-from lorax_backend.errors import AdapterTooLargeError, LoraxError
+from lorax_backend.errors import AdapterTooLargeError, LoraxError, OverloadedError
+from lorax_backend.scheduler.admission import Admission
 from lorax_backend.scheduler.block_manager import BlockManager
-from lorax_backend.scheduler.leases import AdapterLeases, AdapterRoom
+from lorax_backend.scheduler.deadlines import QueueDeadlines
+from lorax_backend.scheduler.leases import AdapterRoom
 from lorax_backend.scheduler.plan import StepPlan
+from lorax_backend.scheduler.rows import RunningRows
 from lorax_backend.scheduler.sequence import ScheduledBatch, Sequence, SequenceStatus, StepResult
 from lorax_backend.scheduler.settings import SchedulerSettings
-from lorax_backend.scheduler.waiting import WaitingQueue
-from lorax_backend.types import AdapterRef, FinishReason, TokenOutput
-
-_MAX_REFUSALS = 32  # of one step, so that a long queue without room costs little
+from lorax_backend.scheduler.waiting import WaitingQueues, queue_of
+from lorax_backend.types import FinishReason, TokenOutput
 
 
 class Scheduler:
@@ -36,18 +36,16 @@ class Scheduler:
         self.settings = settings
         self.blocks = BlockManager(settings.num_blocks, settings.block_size, settings.prefix_caching)
         self.num_preemptions = 0
-        self.num_prompt_tokens = 0
-        self.num_cached_prompt_tokens = 0
         self.num_generated_tokens = 0
         self._adapters = adapters
-        self._leases = AdapterLeases(adapters)
         self._clock = clock
         self._sequences: dict[int, Sequence] = {}
-        self._waiting = WaitingQueue(settings.priority_weight_s)
-        self._running: list[Sequence] = []  # in serving order
-        self._free_rows = list(range(settings.num_rows - 1, -1, -1))
-        self._finished_rows: dict[int, None] = {}
-        self._prefill_turn = False
+        self._waiting = WaitingQueues(settings)
+        self._deadlines = QueueDeadlines()
+        self._rows = RunningRows(settings.num_rows)
+        self._running = self._rows.sequences
+        self._admission = Admission(settings, adapters, self._waiting, self._rows, self.blocks)
+        self._leases = self._admission.leases
         self._errors: list[TokenOutput] = []
 
     @property
@@ -59,23 +57,45 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return self._admission.num_prompt_tokens
+
+    @property
+    def num_cached_prompt_tokens(self) -> int:
+        return self._admission.num_cached_prompt_tokens
+
+    @property
     def has_work(self) -> bool:
         """True if a sequence runs or waits for nothing but room."""
-        self._waiting.promote(self._adapters.is_ready)
-        return bool(self._running or self._waiting.num_ready)
+        self._waiting.promote(self._adapters.is_ready, self._clock(), at_most=None)
+        return bool(self._running or self._waiting.backlogged)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When a request gives up waiting, on the scheduler's clock; None if none will."""
+        return self._deadlines.next()
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence. Its adapter, if any, has been acquired; the scheduler releases it in the end.
 
         Raises:
             ValidationError: it could not run even alone.
+            OverloadedError: too many wait for its adapter.
             ValueError: the handle is in use.
         """
         self.settings.check_fits(seq.prompt_len, seq.sampling.max_new_tokens)
         if seq.handle in self._sequences:
             raise ValueError(f"handle {seq.handle} is in use")
+        queue = self._waiting.register(seq)
+        cap = self.settings.max_queued_per_adapter
+        if cap and queue.num_waiting >= cap:
+            raise OverloadedError(
+                f"{queue.num_waiting} requests wait for {queue.name} already, and this server queues "
+                f"max_queued_per_adapter={cap}; try again later"
+            )
         self._sequences[seq.handle] = seq
         self._waiting.add(seq)
+        self._deadlines.add(seq)
 
     def cancel(self, handle: int) -> bool:
         """End a sequence without an output; False if there is none."""
@@ -97,23 +117,28 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None if nothing can be computed now. The caller launches it before anything else, and
         later calls `update`, `fail` or `abandon` for it, in the order of the steps."""
-        self._waiting.promote(self._adapters.is_ready)
-        plan = StepPlan(self.settings.step_budget, prefill_first=self._prefill_turn)
-        self._prefill_turn = False
+        now = self._clock()
+        self._give_up(now)
+        # While something runs, the adapters under way are looked at in turn; else the engine goes to sleep after this.
+        limit = {} if self._running else {"at_most": None}
+        self._waiting.promote(self._adapters.is_ready, now, **limit)
+        plan = StepPlan(self.settings.step_budget, prefill_first=self._admission.prefill_turn)
+        self._admission.prefill_turn = False
         if plan.prefill_first:
-            self._admit(plan)
-            self._continue(plan)
+            self._admission.fill(plan, self._prefilling(), now)
+            self._decode(plan)
         else:
-            self._continue(plan)
-            self._admit(plan)
+            self._admission.fill(plan, self._decode(plan), now)
+        self._refuse_too_large()
         if not plan:
             return None
-        batch = plan.batch(list(self._finished_rows))
-        self._finished_rows.clear()
+        batch = plan.batch(self._rows.take_finished())
         for item in batch.sequences:
-            item.seq.num_computed = item.start + item.count
-            item.seq.num_in_flight += item.sample
-            self.blocks.register(item.seq)
+            seq = item.seq
+            seq.num_computed = item.start + item.count
+            seq.num_in_flight += item.sample
+            if seq.num_computed // self.settings.block_size > seq.num_registered:
+                self.blocks.register(seq)
         self._leases.step_launched()
         return batch
 
@@ -135,6 +160,7 @@ class Scheduler:
                 item.seq.num_in_flight -= 1
                 if item.seq.status is not SequenceStatus.FINISHED:
                     outputs.append(self._append(item.seq, *drawn, result.prompt_logprobs.get(entry)))
+        self.num_generated_tokens += len(outputs)
         self._leases.step_done()
         return outputs
 
@@ -150,7 +176,7 @@ class Scheduler:
             self._leases.step_done()
         else:
             self._leases.step_not_launched()
-            self._finished_rows.update(dict.fromkeys(batch.finished_slots))
+            self._rows.finished.update(dict.fromkeys(batch.finished_slots))
         return outputs
 
     def abandon(self, batch: ScheduledBatch) -> None:
@@ -170,10 +196,10 @@ class Scheduler:
             RuntimeError: naming everything that is wrong.
         """
         self.blocks.check_integrity(self._sequences.values())
-        rows = sorted(self._free_rows + [seq.slot for seq in self._running])
+        rows = sorted(self._rows.free + [seq.slot for seq in self._running])
         if rows != list(range(self.settings.num_rows)):
             raise RuntimeError(
-                f"row accounting is off: {len(self._free_rows)} free, {len(self._running)} running"
+                f"row accounting is off: {len(self._rows.free)} free, {len(self._running)} running"
             )
         if len(self._running) + len(self._waiting) != len(self._sequences):
             raise RuntimeError(
@@ -181,107 +207,56 @@ class Scheduler:
                 f"{len(self._sequences)}"
             )
 
-    def _continue(self, plan: StepPlan) -> None:
-        """Schedule what runs already: decodes first, then prompts that are not computed to their end yet."""
-        prefilling = []
-        for seq in list(self._running):  # a copy: preemption shortens the list at its end
-            if seq.status is not SequenceStatus.RUNNING or seq in plan or _awaits_last_token(seq):
-                continue
-            if seq.num_tokens - seq.num_computed > 1:
+    def _decode(self, plan: StepPlan) -> list[Sequence]:
+        """Schedule the next token of sequences whose prompt has been computed; the other running ones."""
+        prefilling: list[Sequence] = []
+        block_size = self.settings.block_size
+        for seq in list(self._running):  # a copy: preemption shortens the list
+            num_tokens = len(seq.token_ids) + seq.num_in_flight
+            if num_tokens - seq.num_computed != 1:
                 prefilling.append(seq)
-            elif plan.budget and self._make_room(seq, plan):
-                plan.add(seq)
-        for seq in prefilling:
-            if plan.budget and seq.status is SequenceStatus.RUNNING:
-                plan.add(seq)
+            elif (
+                plan.budget
+                and num_tokens - seq.prompt_len
+                < seq.sampling.max_new_tokens  # or its last token is under way
+                and seq.status is SequenceStatus.RUNNING
+                and seq not in plan
+                and (num_tokens <= len(seq.block_table) * block_size or self._make_room(seq, plan))
+            ):
+                plan.add_decode(seq, num_tokens)
+                queue_of(seq).counter += seq.token_cost
+        return prefilling
+
+    def _prefilling(self) -> list[Sequence]:
+        """Running sequences whose prompt, or what must be computed again, is not computed to its end."""
+        return [seq for seq in self._running if seq.num_tokens - seq.num_computed != 1]
 
     def _make_room(self, seq: Sequence, plan: StepPlan) -> bool:
-        """Get the block of the next token of `seq`, preempting the last in serving order while there is none; False
-        if that is `seq` itself. A victim is never in the plan, since `seq` at least is not in it yet."""
-        if seq.num_tokens <= len(seq.block_table) * self.settings.block_size:
-            return True
+        """Get the block of the next token of `seq`, preempting others while there is none; False if `seq` itself had
+        to be preempted. A victim is never in the plan, since `seq` at least is not in it yet."""
         while not self.blocks.can_append(seq, seq.num_tokens):
-            victim = next(other for other in reversed(self._running) if other not in plan)
+            victim = self._rows.victim(plan)
             self._preempt(victim)
             if victim is seq:
                 return False
         self.blocks.append(seq, seq.num_tokens)
         return True
 
-    def _admit(self, plan: StepPlan) -> None:
-        """Let waiting sequences run, in serving order. One that finds no room is skipped, but only for `skip_bound_s`:
-        after that nothing behind it is admitted, so that room gathers for it."""
-        now, refusals = self._clock(), 0
-        crowded_out: set[AdapterRef] = set()
-        for seq in self._waiting.ready():
-            if not plan.budget or not self._free_rows or refusals == _MAX_REFUSALS:
-                return
-            ref = seq.adapter
-            if (
-                seq.num_in_flight
-                or ref in crowded_out
-                or not (ref is None or self._adapters.is_ready(seq.handle, ref))
-            ):
-                continue
-            prefix = self._matched_prefix(seq)
-            if self._must_wait_for_budget(seq, prefix, plan):
-                return
-            if not self.blocks.can_allocate(seq, prefix, self._reserve()):
-                pass
-            elif self._leases.take(seq):
-                self._start(seq, prefix, now)
-                plan.add(seq)
-                continue
-            elif ref is not None:
-                crowded_out.add(ref)
-                if not self._adapters.fits(ref):
-                    self._refuse(seq, ref)
-                    continue
-            refusals += 1
-            if self._waiting.blocked_for(seq, now) > self.settings.skip_bound_s:
-                return
+    def _give_up(self, now: float) -> None:
+        for seq in self._deadlines.take_expired(now):
+            message = (
+                f"the request waited {now - seq.arrival:.1f} s in the queue without being started "
+                f"(queue_timeout_s={seq.queue_timeout_s:g}); try again later"
+            )
+            self._errors += self.end_with_error(seq.handle, OverloadedError(message))
 
-    def _matched_prefix(self, seq: Sequence) -> list[int]:
-        """Blocks of the prefix cache that `seq` may take up: none if every position of its prompt must be computed."""
-        cache_key = "" if seq.adapter is None else self._adapters.cache_key(seq.adapter)
-        if cache_key != seq.cache_key:
-            seq.cache_key = cache_key
-            seq.block_hashes.clear()
-        return [] if seq.sampling.prompt_logprobs else self.blocks.match(seq)
-
-    def _must_wait_for_budget(self, seq: Sequence, prefix: list[int], plan: StepPlan) -> bool:
-        """Without chunked prefill: the prompt does not fit beside the decodes of this step. It then goes first in the
-        next one, and the decodes take what it leaves, but not in two steps running. Only a recomputation longer than
-        any step is split."""
-        if self.settings.chunked_prefill:
-            return False
-        missing = seq.num_tokens - len(prefix) * self.settings.block_size
-        if min(missing, self.settings.step_budget) <= plan.budget:
-            return False
-        self._prefill_turn = not plan.prefill_first
-        return True
-
-    def _reserve(self) -> int:
-        """Blocks that a newcomer must leave: about what the running sequences grow by in the next few steps, so that
-        it is not preempted as soon as it has started. Nothing runs: nothing to leave, so that anything can start."""
-        return len(self._running) // 4 + 1 if self._running else 0
-
-    def _start(self, seq: Sequence, prefix: list[int], now: float) -> None:
-        self._waiting.remove(seq)
-        self.blocks.allocate(seq, prefix)
-        seq.num_computed = len(prefix) * self.settings.block_size
-        seq.slot = self._free_rows.pop()
-        seq.status = SequenceStatus.RUNNING
-        insort(self._running, seq, key=self._waiting.key)
-        if seq.first_scheduled is None:
-            seq.first_scheduled = now
-            seq.num_cached = seq.num_computed
-            self.num_prompt_tokens += seq.prompt_len
-            self.num_cached_prompt_tokens += seq.num_cached
-
-    def _refuse(self, seq: Sequence, ref: AdapterRef) -> None:
-        message = f"adapter_id: {ref} needs more room than this server's device has for all adapters"
-        self._errors += self.end_with_error(seq.handle, AdapterTooLargeError(message))
+    def _refuse_too_large(self) -> None:
+        refused, self._admission.too_large = self._admission.too_large, []
+        for seq in refused:
+            message = (
+                f"adapter_id: {seq.adapter} needs more room than this server's device has for all adapters"
+            )
+            self._errors += self.end_with_error(seq.handle, AdapterTooLargeError(message))
 
     def _append(
         self,
@@ -292,14 +267,14 @@ class Scheduler:
         prompt_logprobs: tuple[float, ...] | None,
     ) -> TokenOutput:
         seq.token_ids.append(token_id)
-        self.num_generated_tokens += 1
-        generated, sampling = seq.num_generated, seq.sampling
+        generated, sampling = len(seq.token_ids) - seq.prompt_len, seq.sampling
         reason = None
         if generated >= sampling.max_new_tokens:
             reason = FinishReason.LENGTH
         elif token_id in sampling.stop_token_ids and generated > sampling.min_new_tokens:
             reason = FinishReason.EOS
-        self.blocks.register(seq)
+        if seq.num_computed // self.settings.block_size > seq.num_registered:
+            self.blocks.register(seq)
         if reason is not None:
             self._finish(seq)
         if generated > 1 or seq.first_scheduled is None:
@@ -322,6 +297,8 @@ class Scheduler:
             self._stop_running(seq)
         else:
             self._waiting.remove(seq)
+            if not queue_of(seq).ready:
+                self._admission.rotation.withdraw(queue_of(seq))
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.handle]
         self._leases.give_back(seq, over=True)
@@ -335,14 +312,11 @@ class Scheduler:
         self._leases.give_back(seq, over=False)
 
     def _stop_running(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+        self._rows.stop(seq)
         self.blocks.free(seq)
-        self._free_rows.append(seq.slot)
-        self._finished_rows[seq.slot] = None
-        seq.slot = -1
         seq.num_computed = 0
-
-
-def _awaits_last_token(seq: Sequence) -> bool:
-    """The tokens under way are the last that were asked for."""
-    return seq.num_tokens - seq.prompt_len >= seq.sampling.max_new_tokens
+        queue = queue_of(seq)
+        queue.running -= 1
+        if not queue.running:
+            queue.served_at = self._clock()
+            self._admission.rotation.stop(queue)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from lorax_backend.types import AdapterRef, EngineRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from lorax_backend.scheduler.adapter_queue import AdapterQueue
 
 
 class SequenceStatus(Enum):
@@ -24,7 +28,8 @@ class Sequence:
     gave, -1 for the base model. `cache_key` seeds the prefix hashes: two adapters, or two revisions of one, never
     share blocks. `num_in_flight` counts launched steps whose token is not known yet. `block_hashes` holds the prefix
     hashes of the leading full blocks, as far as known, and `num_registered` how many of them the block manager has
-    been offered for sharing.
+    been offered for sharing. `queue` is that of its adapter, `order` its place in it, `token_cost` what a token is
+    charged. `refused_since` is when it was first passed over for want of room since it last began to wait.
     """
 
     handle: int
@@ -46,6 +51,11 @@ class Sequence:
     first_scheduled: float | None = None
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     num_registered: int = 0
+    queue_timeout_s: float | None = None
+    queue: AdapterQueue | None = field(default=None, repr=False)
+    order: float = 0.0
+    token_cost: float = 1.0
+    refused_since: float | None = None
 
     @classmethod
     def from_request(cls, request: EngineRequest, arrival: float) -> Sequence:
@@ -57,6 +67,7 @@ class Sequence:
             priority=request.priority,
             arrival=arrival,
             token_ids=list(request.prompt_ids),
+            queue_timeout_s=request.queue_timeout_s,
         )
 
     @property
@@ -70,14 +81,14 @@ class Sequence:
         return len(self.token_ids) + self.num_in_flight
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class ScheduledSequence:
     """`count` tokens of one sequence, from position `start` on, to be computed in one step.
 
     `sample` says that the last of them is the sequence's last token, so that a next token is drawn. When
     `start + count > len(seq.token_ids)`, the missing last id is the one the step before drew for `seq.slot`; it is
     still on the device. `generated_index` is the 0-based index of the token to be drawn (the position in the
-    sequence's random stream).
+    sequence's random stream). Nobody changes it; it is not frozen because that would double the cost of making it.
     """
 
     seq: Sequence

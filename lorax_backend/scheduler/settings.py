@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 from lorax_backend.errors import ValidationError
 
@@ -17,8 +18,14 @@ class SchedulerSettings:
     `skip_bound_s` is how long (seconds) later sequences may be admitted past one that finds no room. A level of
     `priority` counts as `priority_weight_s` seconds of waiting: higher priorities go first, yet none waits for ever.
 
+    Adapters, and the base model, share the engine by `adapter_weights` (id -> weight, 1 for those not named; the base
+    model is BASE_MODEL_ID). `fairness_bound_s` is how long one that waits may be given nothing before it goes first.
+    When adapters wait for room on the device, those that have been in use for `adapter_cycle_time_s` seconds yield
+    theirs. An adapter has at most `max_running_per_adapter` sequences running and `max_queued_per_adapter` waiting; 0
+    is no cap.
+
     Raises:
-        ValueError: a count is below 1.
+        ValueError: a count or weight is too small.
     """
 
     num_blocks: int
@@ -31,11 +38,22 @@ class SchedulerSettings:
     prefix_caching: bool = True
     skip_bound_s: float = 5.0
     priority_weight_s: float = 30.0
+    fairness_bound_s: float = 10.0
+    adapter_cycle_time_s: float = 2.0
+    max_running_per_adapter: int = 0
+    max_queued_per_adapter: int = 0
+    adapter_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            if option.type == "int" and getattr(self, option.name) < 1:
-                raise ValueError(f"{option.name} must be at least 1, not {getattr(self, option.name)}")
+            least = 0 if option.default == 0 else 1
+            if option.type == "int" and getattr(self, option.name) < least:
+                raise ValueError(f"{option.name} must be at least {least}, not {getattr(self, option.name)}")
+        for name, weight in self.adapter_weights.items():
+            if not 0.001 <= weight <= 1000:
+                raise ValueError(
+                    f"adapter_weights: {name!r} has {weight}, which is not within 0.001 and 1000"
+                )
 
     @property
     def step_budget(self) -> int:
@@ -50,6 +68,11 @@ class SchedulerSettings:
     def num_rows(self) -> int:
         """Sequences that run at once: never more than a step has tokens, so that every one can decode in each."""
         return min(self.max_num_seqs, self.step_budget)
+
+    @property
+    def grouping(self) -> float:
+        """Tokens by which adapters that run already may get ahead of others."""
+        return float(self.max_batch_tokens)
 
     def check_fits(self, prompt_len: int, max_new_tokens: int) -> None:
         """Refuse a request that could not run even alone.

@@ -1,0 +1,299 @@
+"""Who gets what a step has left beside its decodes: prompts under way, and sequences that wait.
+
+The queues are served in fair order (see waiting), one prompt or chunk of one at a time, and charged at once, so that a
+queue that has had its part goes behind the others in the same step. What is passed over, and for how long:
+- A sequence that finds no KV blocks is passed over for `skip_bound_s`; then nothing behind it is admitted, so that
+  blocks gather for it. It holds up only what is behind it: its adapter's share pays for it, not everybody's.
+- An adapter that finds no room on the device is passed over for one time slice; then no other takes room before it,
+  and adapters in use yield theirs (see rotation). It holds up nobody whose adapter has room.
+- An adapter that is not on the device yet goes behind others by at most `grouping` tokens: requests for adapters that
+  run already are taken together, which makes steps cheaper and copies fewer.
+- While several adapters are about, the last eighth of rows and of blocks is kept from those that have more than their
+  share, unless they are overdue, so that a newcomer need not wait for a flood to drain.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+from lorax_backend.scheduler.adapter_queue import AdapterQueue
+from lorax_backend.scheduler.block_manager import BlockManager
+from lorax_backend.scheduler.leases import AdapterLeases, AdapterRoom
+from lorax_backend.scheduler.plan import StepPlan
+from lorax_backend.scheduler.rotation import Rotation
+from lorax_backend.scheduler.rows import RunningRows
+from lorax_backend.scheduler.sequence import Sequence, SequenceStatus
+from lorax_backend.scheduler.settings import SchedulerSettings
+from lorax_backend.scheduler.waiting import Order, WaitingQueues, queue_of
+from lorax_backend.types import AdapterRef
+
+_MAX_REFUSALS = 32  # of one step, so that a long queue without room costs little
+_MAX_CLAIMS_TRIED = 4
+_MAX_WITHOUT_ROOM = 8  # adapters refused by the device in one step; it is not asked about more
+_MAX_LOOKED_UP = 32  # adapters of which one step asks whether they are on the device
+_MAX_PREFETCHED = 4
+_HEADROOM = 8  # one part in this many of rows and blocks
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step's admissions. `is_open` is False once nothing more may start, `room_is_open` False once no further
+    adapter may be taken into use; `passed` counts the sequences of a queue that were looked at in vain."""
+
+    plan: StepPlan
+    now: float
+    prefilling: dict[AdapterQueue, deque[Sequence]]
+    is_open: bool
+    num_under_way: int
+    room_is_open: bool = True
+    num_refused: int = 0
+    num_without_room: int = 0
+    num_looked_up: int = 0
+    present_weight: float | None = None
+    blocks_used: Counter[AdapterQueue] | None = None
+    passed: Counter[AdapterQueue] = field(default_factory=Counter)
+
+
+class Admission:
+    """Starts sequences. Shares the queues, rows and blocks with the Scheduler, which ends and preempts them."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        adapters: AdapterRoom,
+        queues: WaitingQueues,
+        rows: RunningRows,
+        blocks: BlockManager,
+    ) -> None:
+        self.rotation = Rotation(settings.adapter_cycle_time_s)
+        self.leases = AdapterLeases(adapters)
+        self.prefill_turn = False
+        self.too_large: list[Sequence] = []  # their adapters never fit the device; the caller ends them
+        self.num_prompt_tokens = 0
+        self.num_cached_prompt_tokens = 0
+        self._settings = settings
+        self._adapters = adapters
+        self._queues = queues
+        self._rows = rows
+        self._blocks = blocks
+
+    def fill(self, plan: StepPlan, prefilling: Iterable[Sequence], now: float) -> None:
+        """Add prompts to the step: chunks of `prefilling`, which run already, and sequences that wait."""
+        under_way: dict[AdapterQueue, deque[Sequence]] = {}
+        num_under_way = 0
+        for seq in prefilling:
+            under_way.setdefault(queue_of(seq), deque()).append(seq)
+            num_under_way += 1
+        step = _Step(plan, now, under_way, bool(self._rows.free and plan.budget), num_under_way)
+        backlogged = self._queues.has_backlog
+        if backlogged:
+            self.rotation.choose(now)
+            self._serve_claims(step)
+        if plan.budget and (under_way or (step.is_open and backlogged)):
+            waiting = self._queues.candidates(now) if step.is_open else ()
+            self._serve(step, {**dict.fromkeys(waiting), **under_way})
+        if backlogged:
+            self._prefetch()
+
+    def _serve(self, step: _Step, queues: Iterable[AdapterQueue]) -> None:
+        heap = [(self._order(queue, step.now), queue) for queue in queues]
+        heapq.heapify(heap)
+        located: set[AdapterQueue] = set()
+        while heap and step.plan.budget and (step.is_open or step.num_under_way):
+            order, queue = heap[0]
+            if self._is_far(queue, located, step):
+                order = self._queues.order(queue, step.now, self._settings.grouping)
+                heapq.heapreplace(heap, (order, queue))
+            elif self._serve_one(queue, step):
+                heapq.heapreplace(heap, (self._order(queue, step.now), queue))
+            else:
+                heapq.heappop(heap)
+
+    def _order(self, queue: AdapterQueue, now: float) -> Order:
+        idle = queue.ref is not None and not queue.running
+        return self._queues.order(queue, now, self._settings.grouping / 2 if idle else 0.0)
+
+    def _is_far(self, queue: AdapterQueue, located: set[AdapterQueue], step: _Step) -> bool:
+        """True, once, for an adapter that would have to be copied to the device."""
+        if queue.ref is None or queue.running or queue in located or step.num_looked_up == _MAX_LOOKED_UP:
+            return False
+        step.num_looked_up += 1
+        located.add(queue)
+        return not self._adapters.is_on_device(queue.ref)
+
+    def _serve_claims(self, step: _Step) -> None:
+        """Those that have waited for room on the device go first, so that what others yield is theirs."""
+        for queue in islice(self.rotation.claims, _MAX_CLAIMS_TRIED):
+            if not queue.ready:
+                self.rotation.withdraw(queue)
+                continue
+            if not step.is_open:
+                return
+            if not self._admit(queue, step) and self.rotation.has_overdue_claim(step.now):
+                step.room_is_open = False
+                return
+
+    def _serve_one(self, queue: AdapterQueue, step: _Step) -> bool:
+        """Compute a chunk of a prompt under way, or admit one sequence; False if the queue can be given no more."""
+        under_way = step.prefilling.get(queue)
+        while under_way:
+            seq = under_way.popleft()
+            step.num_under_way -= 1
+            if seq.status is SequenceStatus.RUNNING:  # it may have been preempted
+                self._compute(seq, step)
+                return True
+        return step.is_open and self._admit(queue, step)
+
+    def _admit(self, queue: AdapterQueue, step: _Step) -> bool:
+        """Start the first sequence of the queue that can; False if there is none."""
+        if not queue.ready or self.rotation.is_closed(queue) or self._must_hold(queue, step):
+            return False
+        if queue.ref is not None and not queue.running and not step.room_is_open:
+            self.rotation.claim(queue, step.now)
+            return False
+        while step.is_open and step.passed[queue] < len(queue.ready):
+            seq = queue.ready[step.passed[queue]]
+            if seq.num_in_flight:
+                step.passed[queue] += 1
+            elif queue.ref is not None and not self._adapters.is_ready(seq.handle, queue.ref):
+                self._queues.hold_back(seq)
+            else:
+                started = self._try(seq, queue, step)
+                if started is not None:
+                    return started
+                step.passed[queue] += 1
+        return False
+
+    def _try(self, seq: Sequence, queue: AdapterQueue, step: _Step) -> bool | None:
+        """Start one sequence. False if none of its queue can start now, None if another may."""
+        prefix = self._matched_prefix(seq)
+        if self._must_wait_for_budget(seq, prefix, step.plan):
+            step.is_open = False
+            return False
+        if not self._blocks.can_allocate(seq, prefix, self._reserve(seq, queue, step)):
+            self._refuse(seq, step)
+            return None
+        if self.leases.take(seq):
+            self._start(seq, prefix, step)
+            return True
+        assert queue.ref is not None
+        if self._adapters.is_on_device(queue.ref):  # its copy is still under way
+            return False
+        if not self._adapters.fits(queue.ref):
+            self.too_large.append(seq)
+            return None
+        self.rotation.claim(queue, step.now)
+        step.num_without_room += 1
+        if step.num_without_room == _MAX_WITHOUT_ROOM:
+            step.room_is_open = False
+        return False
+
+    def _refuse(self, seq: Sequence, step: _Step) -> None:
+        """There are no blocks for it. Close the step to others when it has been passed over for long enough."""
+        step.num_refused += 1
+        if seq.refused_since is None:
+            seq.refused_since = step.now
+        if self._is_aged(seq, step.now) or step.num_refused == _MAX_REFUSALS:
+            step.is_open = False
+
+    def _is_aged(self, seq: Sequence, now: float) -> bool:
+        return seq.refused_since is not None and now - seq.refused_since > self._settings.skip_bound_s
+
+    def _must_hold(self, queue: AdapterQueue, step: _Step) -> bool:
+        """The adapter runs as many sequences as it may, or as it should while others may come."""
+        cap = self._settings.max_running_per_adapter
+        if cap and queue.running >= cap:
+            queue.served_at = step.now
+            return True
+        if len(self._rows.free) > self._rows.num_rows // _HEADROOM or not queue.running:
+            return False
+        return not self._is_overdue(queue, step.now) and self._exceeds_share(
+            queue, queue.running, self._rows.num_rows, step
+        )
+
+    def _reserve(self, seq: Sequence, queue: AdapterQueue, step: _Step) -> int:
+        """Blocks that a newcomer must leave: about what the running sequences grow by in the next few steps, so that
+        it is not preempted as soon as it has started. Nothing runs: nothing to leave, so that anything can start."""
+        if not self._rows.sequences:
+            return 0
+        reserve = len(self._rows.sequences) // 4 + 1
+        if not queue.running or self._is_aged(seq, step.now) or self._is_overdue(queue, step.now):
+            return reserve
+        if step.blocks_used is None:
+            step.blocks_used = Counter()
+            for other in self._rows.sequences:
+                step.blocks_used[queue_of(other)] += len(other.block_table)
+        if self._exceeds_share(queue, step.blocks_used[queue], self._settings.num_blocks, step):
+            reserve += self._settings.num_blocks // _HEADROOM
+        return reserve
+
+    def _is_overdue(self, queue: AdapterQueue, now: float) -> bool:
+        return now - queue.served_at > self._settings.fairness_bound_s
+
+    def _exceeds_share(self, queue: AdapterQueue, used: int, total: int, step: _Step) -> bool:
+        if step.present_weight is None:
+            step.present_weight = self._queues.present_weight(step.now)
+        alone = step.present_weight <= queue.weight
+        return not alone and used * step.present_weight >= total * queue.weight
+
+    def _matched_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks of the prefix cache that `seq` may take up: none if every position of its prompt must be computed."""
+        cache_key = "" if seq.adapter is None else self._adapters.cache_key(seq.adapter)
+        if cache_key != seq.cache_key:
+            seq.cache_key = cache_key
+            seq.block_hashes.clear()
+        return [] if seq.sampling.prompt_logprobs else self._blocks.match(seq)
+
+    def _must_wait_for_budget(self, seq: Sequence, prefix: list[int], plan: StepPlan) -> bool:
+        """Without chunked prefill: the prompt does not fit beside the decodes of this step. It then goes first in the
+        next one, and the decodes take what it leaves, but not in two steps running. Only a recomputation longer than
+        any step is split."""
+        if self._settings.chunked_prefill:
+            return False
+        missing = seq.num_tokens - len(prefix) * self._settings.block_size
+        if min(missing, self._settings.step_budget) <= plan.budget:
+            return False
+        self.prefill_turn = not plan.prefill_first
+        return True
+
+    def _start(self, seq: Sequence, prefix: list[int], step: _Step) -> None:
+        queue = queue_of(seq)
+        self._queues.remove(seq)
+        self._blocks.allocate(seq, prefix)
+        seq.num_computed = len(prefix) * self._settings.block_size
+        self._rows.start(seq)
+        if not queue.running:
+            self.rotation.start(queue, step.now)
+        queue.running += 1
+        if step.blocks_used is not None:
+            step.blocks_used[queue] += len(seq.block_table)
+        if seq.first_scheduled is None:
+            seq.first_scheduled = step.now
+            seq.num_cached = seq.num_computed
+            self.num_prompt_tokens += seq.prompt_len
+            self.num_cached_prompt_tokens += seq.num_cached
+        self._compute(seq, step)
+        step.is_open = bool(step.plan.budget and self._rows.free)
+
+    def _compute(self, seq: Sequence, step: _Step) -> None:
+        queue = queue_of(seq)
+        queue.charge(seq, step.plan.add(seq))
+        queue.served_at = step.now
+
+    def _prefetch(self) -> None:
+        """Name the adapters that come next and are not on the device yet."""
+        refs: list[AdapterRef] = []
+        for queue in islice(chain(self.rotation.claims, self._queues.backlogged), _MAX_LOOKED_UP):
+            ref = queue.ref
+            if ref is None or queue.running or not queue.ready or ref in refs:
+                continue
+            if not self._adapters.is_on_device(ref) and self._adapters.is_ready(queue.ready[0].handle, ref):
+                refs.append(ref)
+            if len(refs) == _MAX_PREFETCHED:
+                break
+        if refs:
+            self._adapters.prefetch(refs)
