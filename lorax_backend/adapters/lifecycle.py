@@ -33,6 +33,10 @@ class AdapterLifecycle:
         self._device = DeviceTier(parts.arena)
         self._arena = parts.arena
 
+    def resolve(self, ref: AdapterRef) -> AdapterRef:
+        """See AdapterProvider; however it is spelled, a reference finds its adapter."""
+        return ref
+
     def acquire(self, handle: int, ref: AdapterRef, api_token: str | None) -> None:
         """See AdapterProvider. A reference that cannot be right ends the request through `poll` as well."""
         record = self._loading.acquire(handle, ref, api_token)
