@@ -11,6 +11,7 @@ import torch
 
 from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.adapters.host_adapter import HostAdapter
+from lorax_backend.adapters.host_memory import HostMemory
 from lorax_backend.adapters.lifecycle import AdapterLifecycle
 from lorax_backend.adapters.loading import AdapterParts
 from lorax_backend.adapters.sources.base import FetchedAdapter
@@ -42,6 +43,7 @@ class FakeSource:
     adapters: dict[str, FakeAdapter] = field(default_factory=dict)
     fetches: list[tuple[str, str | None]] = field(default_factory=list)
     checks: list[tuple[str, str | None]] = field(default_factory=list)
+    check_error: Exception | None = None
 
     name = "fake"
     remote = True
@@ -62,9 +64,11 @@ class FakeSource:
             raise error
         return FetchedAdapter(Path("/fake") / ref.id, f"commit-{adapter.number}", adapter.tokens is None)
 
-    def authorize(self, ref: AdapterRef, token: str | None) -> None:
+    def authorize(self, ref: AdapterRef, token: str | None) -> bool:
         self.checks.append((ref.id, token))
-        self._readable(ref, token)
+        if self.check_error is not None:
+            raise self.check_error
+        return self._readable(ref, token).tokens is None
 
     def inspect(self, folder: Path) -> FakePlan:
         return FakePlan(self.adapters[folder.name])
@@ -94,12 +98,12 @@ class FakePlan:
     def nbytes(self) -> int:
         return self.num_pages * PAGE_BYTES
 
-    def load(self) -> HostAdapter:
+    def load(self, pages: torch.Tensor) -> HostAdapter:
         if self.adapter.read_error is not None:
             error, self.adapter.read_error = self.adapter.read_error, None
             raise error
-        pages = torch.full((self.num_pages, LAYOUT.page_size), self.adapter.number)
-        return HostAdapter(pages, self.rank, frozenset({"lm_head"}))
+        assert pages.shape == (self.num_pages, LAYOUT.page_size)
+        return HostAdapter(pages.fill_(self.adapter.number), self.rank, frozenset({"lm_head"}))
 
 
 @dataclass(eq=False)
@@ -158,14 +162,16 @@ class Bench:
         max_slots: int = 4,
         host_pages: int = 100,
         max_rank: int = 32,
+        auth_ttl_s: float = 300.0,
         **adapters: FakeAdapter,
     ) -> None:
         self.source = FakeSource(adapters)
         self.loader = ManualLoader()
         self.clock = Clock()
         self.arena = LoraArena(LAYOUT, num_pages, max_slots, torch.float32, "cpu", max_rank)
+        self.memory = HostMemory(LAYOUT, host_pages * PAGE_BYTES, torch.float32)
         parts = AdapterParts(
-            {"fake": self.source}, self.source.inspect, self.arena, self.loader, host_pages * PAGE_BYTES, 60.0
+            {"fake": self.source}, self.source.inspect, self.arena, self.memory, self.loader, 60.0, auth_ttl_s
         )
         self.adapters = AdapterLifecycle(parts, self.clock)
         self.wakeups = 0
@@ -199,6 +205,9 @@ class Bench:
 
     def is_loaded(self, name: str) -> bool:
         return self.adapters.is_loaded(ref(name))
+
+    def is_ready(self, name: str, handle: int) -> bool:
+        return self.adapters.is_ready(handle, ref(name))
 
     def activate(self, name: str) -> int | None:
         slot = self.adapters.activate(ref(name))

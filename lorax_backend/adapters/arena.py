@@ -1,19 +1,25 @@
 """The device memory of adapters: one preallocated tensor of pages, and the tables that say whose they are.
 
-An adapter on the device has a slot (a row of the tables) and `pages_for_rank(rank)` pages, which need not be next to
-each other. Only the engine thread calls the arena; the runner reads the tables at each launch.
+An adapter on the device has a slot (a row of the tables) and `pages_for_rank(rank)` pages, next to each other if there
+is such a place, so that one copy brings it in. Only the engine thread calls the arena; the runner reads the tables at
+each launch.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lorax_backend.adapters.host_adapter import HostAdapter
+from lorax_backend.adapters.page_runs import best_run, runs
 from lorax_kernels.layout import PageLayout, pages_for_rank
+
+# A copy up to this size is over before the next step is launched, or nearly: that step waits for it on the device.
+_INLINE_COPY_BYTES = 8 << 20
 
 
 def site_kind(site: str) -> str:
@@ -69,10 +75,11 @@ class LoraArena:
         self._kind_index = {kind: index for index, kind in enumerate(self.site_kinds)}
         self.slot_sites: npt.NDArray[np.bool_] = np.zeros((max_slots, len(layout.sites)), dtype=np.bool_)
         self.slot_kinds: npt.NDArray[np.bool_] = np.zeros((max_slots, len(self.site_kinds)), dtype=np.bool_)
-        self._free_pages = list(
-            range(num_pages)
-        )  # heaps: the lowest number first, so that runs repeat exactly
-        self._free_slots = list(range(max_slots))
+        self._free_pages = list(range(num_pages))  # ascending
+        self._free_slots = list(
+            range(max_slots)
+        )  # a heap: the lowest first, so that runs of the program repeat
+        self._copies: dict[int, torch.cuda.Event] = {}  # by slot, until found done
         self._copy_stream = self._new_stream()
         # The first write must come after the zeroing, every later one after the steps that read freed pages.
         self._pages_idle = (
@@ -109,16 +116,20 @@ class LoraArena:
             return None
         slot = heapq.heappop(self._free_slots)
         count = pages_for_rank(rank)
-        self.slot_pages[slot, :count] = [heapq.heappop(self._free_pages) for _ in range(count)]
+        first = best_run(runs(self._free_pages), count)
+        taken = self._free_pages[:count] if first is None else list(range(first, first + count))
+        gone = set(taken)
+        self._free_pages = [page for page in self._free_pages if page not in gone]
+        self.slot_pages[slot, :count] = taken
         self.slot_ranks[slot] = rank
         return slot
 
-    def write(self, slot: int, adapter: HostAdapter) -> None:
-        """Copy an adapter into a slot just allocated for its rank; steps launched from now on see it.
+    def write(self, slot: int, adapter: HostAdapter) -> torch.cuda.Event | None:
+        """Copy an adapter into a slot just allocated for its rank; steps may use it once `is_ready`.
 
-        On CUDA the copy runs on a stream of its own, after the steps that may still read the pages' last owner, and
-        the calling thread's current stream, on which steps are launched, waits for it; the host waits for neither if
-        `adapter.pages` is pinned.
+        On CUDA the copy runs on a stream of its own, after the steps that may still read the pages' last owner; the
+        host does not wait for it if `adapter.pages` is pinned. The event returned marks its end; until then the pages
+        on the host must stay as they are. Elsewhere the copy is made at once, and there is no event.
 
         Raises:
             ValueError: the slot is free or was allocated for another rank, or the pages are of another layout or
@@ -131,17 +142,32 @@ class LoraArena:
         if tuple(adapter.pages.shape) != expected or adapter.pages.dtype != self.dtype:
             found = f"{tuple(adapter.pages.shape)} {adapter.pages.dtype}"
             raise ValueError(f"adapter pages are {found}, the arena needs {expected} {self.dtype}")
-        if self._copy_stream is None:
-            self._copy(numbers, adapter)
-        else:
-            if self._pages_idle is not None:
-                self._copy_stream.wait_event(self._pages_idle)
-            with torch.cuda.stream(self._copy_stream):
-                self._copy(numbers, adapter)
-            torch.cuda.current_stream(self.device).wait_stream(self._copy_stream)
         for site in adapter.sites:
             self.slot_sites[slot, self._site_index[site]] = True
             self.slot_kinds[slot, self._kind_index[site_kind(site)]] = True
+        if self._copy_stream is None:
+            self._copy(numbers, adapter)
+            return None
+        if self._pages_idle is not None:
+            self._copy_stream.wait_event(self._pages_idle)
+        with torch.cuda.stream(self._copy_stream):
+            self._copy(numbers, adapter)
+            event = self._copy_stream.record_event()
+        if adapter.nbytes <= _INLINE_COPY_BYTES:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        else:
+            self._copies[slot] = event
+        return event
+
+    def is_ready(self, slot: int) -> bool:
+        """True if steps launched from now on find the slot's weights whole."""
+        event = self._copies.get(slot)
+        if event is None:
+            return True
+        if not event.query():
+            return False
+        del self._copies[slot]
+        return True
 
     def free(self, slot: int) -> None:
         """Give a slot and its pages back. The caller launches no more steps that use the slot.
@@ -152,7 +178,8 @@ class LoraArena:
         if self.slot_ranks[slot] == 0:
             raise ValueError(f"adapter slot {slot} is freed twice")
         for page in self._pages_of(slot):
-            heapq.heappush(self._free_pages, page)
+            insort(self._free_pages, page)
+        self._copies.pop(slot, None)  # the next copy comes after it on the same stream
         heapq.heappush(self._free_slots, slot)
         self.slot_pages[slot] = -1
         self.slot_ranks[slot] = 0
@@ -200,5 +227,7 @@ class LoraArena:
         return numbers
 
     def _copy(self, numbers: list[int], adapter: HostAdapter) -> None:
-        for source, page in enumerate(numbers):
-            self.pages[page].copy_(adapter.pages[source], non_blocking=True)
+        done = 0
+        for first, count in runs(numbers):
+            self.pages[first : first + count].copy_(adapter.pages[done : done + count], non_blocking=True)
+            done += count

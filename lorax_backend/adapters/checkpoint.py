@@ -1,6 +1,6 @@
 """From a PEFT folder to a `HostAdapter`: every tensor matched with a layer of the base, checked, and put in pages.
 
-Nothing here reaches the network or unpickles. All problems of an adapter are found and reported together, because
+Nothing here reaches the network. All problems of an adapter are found and reported together, because
 each one fixed costs its author an upload.
 """
 
@@ -11,28 +11,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lorax_backend.adapters.host_adapter import HostAdapter
 from lorax_backend.adapters.peft_config import PeftConfig, read_peft_config
 from lorax_backend.adapters.tensor_names import LORA_A, LORA_B, TensorName, parse_tensor_name
 from lorax_backend.adapters.weight_files import CONFIG_NAME, choose_weight_names
+from lorax_backend.adapters.weight_reader import (
+    StoredTensor,
+    WeightFileError,
+    file_format,
+    read_header,
+    read_tensors,
+)
 from lorax_backend.errors import AdapterIncompatibleError, AdapterNotFoundError, AdapterTooLargeError
 from lorax_backend.model.lora import LoraTarget
 from lorax_kernels.layout import PAGE_RANK, PageLayout, pages_for_rank
 
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_LISTED = 3  # tensors with the same problem named before the rest is only counted
-
-
-@dataclass(frozen=True, slots=True)
-class _StoredTensor:
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(slots=True)
@@ -42,8 +39,8 @@ class _Module:
     path: str
     raw: str
     target: LoraTarget
-    a: _StoredTensor | None = None
-    b: _StoredTensor | None = None
+    a: StoredTensor | None = None
+    b: StoredTensor | None = None
     rank: int = 0
     scaling: float = 0.0
 
@@ -59,7 +56,7 @@ class _Problems:
     def add(self, text: str) -> None:
         self.general.append(text)
 
-    def add_tensor(self, tensor: _StoredTensor, text: str) -> None:
+    def add_tensor(self, tensor: StoredTensor, text: str) -> None:
         self.tensors.setdefault(text, []).append(tensor.name)
 
     def raise_if_any(self, folder: Path) -> None:
@@ -93,14 +90,16 @@ class AdapterPlan:
     def nbytes(self) -> int:
         return self.num_pages * self.layout.page_size * self.dtype.itemsize
 
-    def load(self, pin_memory: bool = False) -> HostAdapter:
-        """Read the weights into new pages; page-locked (CUDA only) with `pin_memory`.
+    def load(self, pages: torch.Tensor | None = None) -> HostAdapter:
+        """Read the weights into `pages` [num_pages, layout.page_size], or into new ones.
 
         Raises:
             AdapterIncompatibleError: NaN or infinity, or files that changed since they were inspected.
         """
         problems = _Problems()
-        pages = _fill_pages(self, pin_memory, problems)
+        if pages is None:
+            pages = torch.empty(self.num_pages, self.layout.page_size, dtype=self.dtype)
+        _fill_pages(self, pages.zero_(), problems)
         problems.raise_if_any(self.folder)
         sites = frozenset(module.target.site for module in self.modules.values())
         return HostAdapter(pages=pages, rank=self.rank, sites=sites, modules=tuple(sorted(self.modules)))
@@ -114,12 +113,18 @@ def load_adapter(
 
 
 def inspect_adapter(
-    folder: Path, targets: Mapping[str, LoraTarget], layout: PageLayout, dtype: torch.dtype, max_rank: int
+    folder: Path,
+    targets: Mapping[str, LoraTarget],
+    layout: PageLayout,
+    dtype: torch.dtype,
+    max_rank: int,
+    allow_pickle: bool = False,
 ) -> AdapterPlan:
     """Check the PEFT adapter in `folder` against the base model, reading headers only.
 
     `targets` maps module paths of the base model to their places in `layout`. The weights will be in `dtype`, with
-    the scaling (alpha / r, or alpha / sqrt(r)) folded into B in float32 before the cast.
+    the scaling (alpha / r, or alpha / sqrt(r)) folded into B in float32 before the cast. `allow_pickle` lets
+    adapter_model.bin be read where there are no safetensors.
 
     Raises:
         AdapterNotFoundError: the folder holds no adapter_config.json or no weights.
@@ -129,7 +134,8 @@ def inspect_adapter(
     problems = _Problems()
     try:
         config, config_problems = read_peft_config(folder)
-        weights = choose_weight_names(entry.name for entry in folder.iterdir() if entry.is_file())
+        names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+        weights = choose_weight_names(names, allow_pickle)
     except (FileNotFoundError, NotADirectoryError):
         raise AdapterNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no PEFT adapter") from None
     except OSError as error:
@@ -148,23 +154,18 @@ def inspect_adapter(
     return AdapterPlan(folder, max(module.rank for module in modules.values()), layout, dtype, modules)
 
 
-def _read_header(file: Path, problems: _Problems) -> list[_StoredTensor]:
+def _read_header(file: Path, problems: _Problems) -> list[StoredTensor]:
     try:
-        with safe_open(file, framework="pt") as handle:
-            tensors = []
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                view = handle.get_slice(name)
-                tensors.append(_StoredTensor(file, name, tuple(view.get_shape()), view.get_dtype()))
-            return tensors
-    except (SafetensorError, OSError) as error:
+        return read_header(file)
+    except WeightFileError as error:
         problems.add(
-            f"{file.name} is damaged, truncated or not safetensors ({error}); save or download it again"
+            f"{file.name} is damaged, truncated or not {file_format(file)} ({error}); save or download it again"
         )
         return []
 
 
 def _match_modules(
-    stored: Iterable[_StoredTensor], targets: Mapping[str, LoraTarget], problems: _Problems
+    stored: Iterable[StoredTensor], targets: Mapping[str, LoraTarget], problems: _Problems
 ) -> dict[str, _Module]:
     modules: dict[str, _Module] = {}
     for tensor in stored:
@@ -179,7 +180,7 @@ def _match_modules(
 
 
 def _place(
-    tensor: _StoredTensor,
+    tensor: StoredTensor,
     name: TensorName,
     modules: dict[str, _Module],
     targets: Mapping[str, LoraTarget],
@@ -239,9 +240,8 @@ def _check_against_config(
             return
 
 
-def _fill_pages(plan: AdapterPlan, pin_memory: bool, problems: _Problems) -> torch.Tensor:
+def _fill_pages(plan: AdapterPlan, pages: torch.Tensor, problems: _Problems) -> None:
     layout, modules = plan.layout, plan.modules
-    pages = torch.zeros(plan.num_pages, layout.page_size, dtype=plan.dtype, pin_memory=pin_memory)
     views = {
         site: (layout.a_view(pages, site), layout.b_view(pages, site), layout.sites[site].out_slices)
         for site in {module.target.site for module in modules.values()}
@@ -261,20 +261,19 @@ def _fill_pages(plan: AdapterPlan, pin_memory: bool, problems: _Problems) -> tor
                 problems.add_tensor(
                     part, f"holds NaN or infinity as {str(plan.dtype).removeprefix('torch.')}"
                 )
-    return pages
 
 
 def _read_weights(
     modules: Mapping[str, _Module], problems: _Problems
 ) -> Iterator[tuple[_Module, torch.Tensor, torch.Tensor]]:
-    """A and B of every module. Files are read, not mapped: a mapped file cut short meanwhile kills the process."""
+    """A and B of every module."""
     pairs = [(module, module.a, module.b) for module in modules.values()]
     files = {tensor.file for _, a, b in pairs for tensor in (a, b) if tensor is not None}
     loaded: dict[Path, dict[str, torch.Tensor]] = {}
     for file in files:
         try:
-            loaded[file] = safetensors.torch.load(file.read_bytes())
-        except (SafetensorError, OSError) as error:
+            loaded[file] = read_tensors(file)
+        except WeightFileError as error:
             problems.add(f"{file.name} changed or vanished while it was read: {error}")
             return
     for module, a, b in pairs:

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lorax_backend.adapters.arena import LoraArena
+from lorax_backend.adapters.background import COPY, DISK, DOWNLOAD, PERMISSION, READ
 from lorax_backend.adapters.checkpoint import AdapterPlan, inspect_adapter
+from lorax_backend.adapters.host_memory import HostMemory
 from lorax_backend.adapters.lifecycle import AdapterLifecycle
 from lorax_backend.adapters.loader import AdapterLoader
-from lorax_backend.adapters.loading import DOWNLOAD, PERMISSION, READ, AdapterParts
+from lorax_backend.adapters.loading import AdapterParts
 from lorax_backend.adapters.sources.base import AdapterSource
-from lorax_backend.adapters.sources.registry import create_sources
+from lorax_backend.adapters.sources.registry import create_disk_cache, create_sources
 from lorax_backend.config import ServerConfig
 from lorax_backend.model.lora import LoraTarget
 from lorax_kernels.layout import PageLayout
 
-_PERMISSION_THREADS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _PinnedPlan:
-    """A plan whose weights are read into page-locked memory, from which copies to the device do not block."""
-
-    plan: AdapterPlan
-
-    @property
-    def rank(self) -> int:
-        return self.plan.rank
-
-    @property
-    def num_pages(self) -> int:
-        return self.plan.num_pages
-
-    @property
-    def nbytes(self) -> int:
-        return self.plan.nbytes
-
-    def load(self) -> Any:
-        return self.plan.load(pin_memory=True)
+_PERMISSION_THREADS = 8  # each waits for one short answer
 
 
 class AdapterManager(AdapterLifecycle):
@@ -61,17 +39,33 @@ class AdapterManager(AdapterLifecycle):
     ) -> None:
         """`targets`, `layout` and `dtype` are the model's; `sources` replaces those of `create_sources(config)`."""
 
-        def inspect(folder: Path) -> AdapterPlan | _PinnedPlan:
-            plan = inspect_adapter(folder, targets, layout, dtype, config.max_lora_rank)
-            return _PinnedPlan(plan) if arena.device.type == "cuda" else plan
+        def inspect(folder: Path) -> AdapterPlan:
+            return inspect_adapter(
+                folder, targets, layout, dtype, config.max_lora_rank, config.allow_pickle_adapters
+            )
 
+        disk = None
+        if sources is None:
+            disk = create_disk_cache(config)
+            sources = create_sources(config, disk)
+        self._memory = HostMemory(
+            layout, config.adapter_host_bytes, dtype, pinned=arena.device.type == "cuda"
+        )
         threads = config.adapter_loader_threads
+        lanes = {DOWNLOAD: threads, READ: threads, PERMISSION: _PERMISSION_THREADS, COPY: 2, DISK: 1}
         parts = AdapterParts(
-            sources=create_sources(config) if sources is None else sources,
+            sources=sources,
             inspect=inspect,
             arena=arena,
-            loader=AdapterLoader({DOWNLOAD: threads, READ: threads, PERMISSION: _PERMISSION_THREADS}),
-            host_bytes=config.adapter_host_bytes,
+            memory=self._memory,
+            loader=AdapterLoader(lanes),
             load_timeout_s=config.adapter_load_timeout_s,
+            auth_ttl_s=config.adapter_auth_ttl_s,
+            disk=disk,
+            default_source=config.default_adapter_source,
         )
         super().__init__(parts, clock)
+
+    def close(self) -> None:
+        super().close()
+        self._memory.close()

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from lorax_backend.adapters.permissions import Permissions
 from lorax_backend.errors import LoraxError
 from lorax_backend.types import AdapterRef
+
+if TYPE_CHECKING:
+    from lorax_backend.adapters.tiers import HostPlace
 
 
 class AdapterStatus(Enum):
@@ -32,6 +36,13 @@ _TRANSITIONS: dict[AdapterStatus, tuple[AdapterStatus, ...]] = {
     _S.ON_DEVICE: (_S.ON_HOST, _S.FETCHING, _S.DROPPED),
     _S.FAILED: (_S.FETCHING, _S.DROPPED),
     _S.DROPPED: (),
+}
+_TIERS = {
+    _S.FETCHING: "remote",
+    _S.FETCHED: "disk",
+    _S.READING: "disk",
+    _S.ON_HOST: "host",
+    _S.ON_DEVICE: "device",
 }
 
 
@@ -60,8 +71,8 @@ class PlannedAdapter(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def load(self) -> Any:
-        """The weights, a `LoadedAdapter`."""
+    def load(self, pages: Any) -> Any:
+        """The weights, a `LoadedAdapter`, in these pages of host memory."""
         ...
 
 
@@ -72,11 +83,16 @@ class AdapterRecord:
     Attributes:
         handles: requests that need the adapter now, each with the credential of its token.
         tokens: for each credential in `handles`, the token; kept no longer than the handles.
-        authorized: credentials that may read the adapter; with `public`, all may.
+        unverified: those of `handles` whose right to the adapter is not known yet.
         checking: credentials whose permission is being looked up.
         users: sequences that run with it; `slot` is None unless it is on the device.
-        host: its weights in host memory; None if they are not there.
-        reserved: bytes of host memory set aside while it is read.
+        started: a sequence has run with it, so that other weights under the same reference would be a mix.
+        host: its weights in host memory, at `place`; None if they are not there.
+        plan: its checked files while they wait to be read; `files` keeps them on disk meanwhile.
+        pinned: "device" or "host" if it must stay there; "" if not.
+        retired: replaced or unloaded: lives only as long as its requests.
+        replaces: the record that this one is to replace once it is loaded.
+        claimed_until: time until which a slot just filled is kept for those who asked for it.
     """
 
     ref: AdapterRef
@@ -84,20 +100,29 @@ class AdapterRecord:
     error: str = ""
     handles: dict[int, str] = field(default_factory=dict, repr=False)
     tokens: dict[str, str | None] = field(default_factory=dict, repr=False)
-    authorized: set[str] = field(default_factory=set, repr=False)
+    unverified: set[int] = field(default_factory=set, repr=False)
+    permissions: Permissions = field(default_factory=Permissions, repr=False)
     checking: set[str] = field(default_factory=set, repr=False)
-    public: bool = False
     credential: str = field(default="", repr=False)
     ticket: Any = field(default=None, repr=False)
     revision: str = ""
     rank: int = 0
     num_pages: int = 0
     nbytes: int = 0
-    reserved: int = 0
     plan: PlannedAdapter | None = field(default=None, repr=False)
+    files: Any = field(default=None, repr=False)
+    place: HostPlace | None = field(default=None, repr=False)
     host: LoadedAdapter | None = field(default=None, repr=False)
     slot: int | None = None
     users: int = 0
+    started: bool = False
+    pinned: str = ""
+    retired: bool = False
+    replaces: AdapterRecord | None = field(default=None, repr=False)
+    claimed_until: float = 0.0
+    load_tier: str = ""
+    hits: int = 0
+    last_used: float = 0.0
 
     def move(self, status: AdapterStatus, error: str = "") -> None:
         """Change the state.
@@ -114,13 +139,10 @@ class AdapterRecord:
     def is_loaded(self) -> bool:
         return self.status in (AdapterStatus.ON_HOST, AdapterStatus.ON_DEVICE)
 
-    def may_use(self, credential: str) -> bool:
-        return self.public or credential in self.authorized
-
     @property
-    def unverified(self) -> set[str]:
-        """Credentials of waiting requests whose right to the adapter is not known yet."""
-        return set() if self.public else set(self.handles.values()) - self.authorized
+    def is_wanted(self) -> bool:
+        """Somebody needs it, now or for good."""
+        return bool(self.handles or self.pinned)
 
     def attach(self, handle: int, credential: str, token: str | None) -> None:
         self.handles[handle] = credential
@@ -128,10 +150,11 @@ class AdapterRecord:
 
     def detach(self, handle: int) -> None:
         credential = self.handles.pop(handle)
+        self.unverified.discard(handle)
         if credential not in self.handles.values():
             del self.tokens[credential]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, now: float) -> dict[str, Any]:
         """Facts for operators; no tokens."""
         return {
             "id": self.ref.id,
@@ -139,6 +162,7 @@ class AdapterRecord:
             "revision": self.ref.revision,
             "resolved_revision": self.revision or None,
             "status": self.status.value,
+            "tier": _TIERS.get(self.status),
             "error": self.error or None,
             "rank": self.rank,
             "pages": self.num_pages,
@@ -146,7 +170,11 @@ class AdapterRecord:
             "on_host": self.host is not None,
             "slot": self.slot,
             "users": self.users,
-            "requests": len(self.handles),
+            "requests": sum(handle >= 0 for handle in self.handles),
+            "hits": self.hits,
+            "last_used_s": round(now - self.last_used, 3),
+            "pinned": self.pinned or None,
+            "retired": self.retired,
         }
 
 
@@ -167,6 +195,10 @@ class NegativeCache:
         self._entries[ref, credential] = (self._clock() + self._ttl_s, error)
         while len(self._entries) > self._max_entries:
             del self._entries[next(iter(self._entries))]
+
+    def forget(self, ref: AdapterRef) -> None:
+        """An operator wants it tried again."""
+        self._entries = {key: entry for key, entry in self._entries.items() if key[0] != ref}
 
     def get(self, ref: AdapterRef, credential: str) -> LoraxError | None:
         """The failure, or None if there was none in the last `ttl_s` seconds."""

@@ -1,4 +1,4 @@
-"""Room for adapters: host memory by bytes, the device by slots and pages, each with least recently used order.
+"""Room for adapters: host memory by runs of pages, the device by slots and pages, each with its order of eviction.
 
 The tiers answer who would have to go; the caller lets them go. Nothing is evicted for a newcomer that would not fit
 even then. Standard library only.
@@ -6,12 +6,22 @@ even then. Standard library only.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lorax_backend.adapters.eviction import EvictionOrder
+from lorax_backend.adapters.page_runs import FreeRuns, best_run
 from lorax_backend.adapters.registry import AdapterRecord
 from lorax_backend.types import AdapterRef
+
+
+class CopyEvent(Protocol):
+    """The end of a copy on the device."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
 
 
 class DeviceArena(Protocol):
@@ -33,16 +43,52 @@ class DeviceArena(Protocol):
 
     def allocate(self, rank: int) -> int | None: ...
 
-    def write(self, slot: int, adapter: Any) -> None: ...
+    def write(self, slot: int, adapter: Any) -> Any: ...
+
+    def is_ready(self, slot: int) -> bool: ...
 
     def free(self, slot: int) -> None: ...
 
 
-class _Recency:
-    """Records from the least to the most recently used."""
+class HostPages(Protocol):
+    """Host memory for adapters; `lorax_backend.adapters.host_memory.HostMemory`."""
+
+    @property
+    def page_bytes(self) -> int: ...
+
+    @property
+    def num_pages(self) -> int: ...
+
+    def pages(self, first: int, count: int) -> Any: ...
+
+
+@dataclass(slots=True, eq=False)
+class HostPlace:
+    """A run of pages that holds an adapter, or is being filled.
+
+    `writing`: a thread may still write to it. `owner` None: given up, to be freed when that thread is done.
+    """
+
+    first: int
+    count: int
+    owner: AdapterRecord | None
+    writing: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class HostRoom:
+    """Where an adapter can go, once the victims have gone."""
+
+    first: int
+    victims: list[AdapterRecord]
+
+
+class _Tier:
+    """Records in one tier with their order of eviction."""
 
     def __init__(self) -> None:
-        self._records: OrderedDict[AdapterRef, AdapterRecord] = OrderedDict()
+        self.order = EvictionOrder()
+        self._records: dict[AdapterRef, AdapterRecord] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -50,82 +96,169 @@ class _Recency:
     def __iter__(self) -> Iterator[AdapterRecord]:
         return iter(self._records.values())
 
-    def __contains__(self, record: AdapterRecord) -> bool:
-        return self._records.get(record.ref) is record
 
-    def touch(self, record: AdapterRecord) -> None:
-        """`record` is used now; ignored if it is not here."""
-        if record.ref in self._records:
-            self._records.move_to_end(record.ref)
+class HostTier(_Tier):
+    """Adapters in host memory; `num_used` counts the pages of those there and of those being read."""
 
-    def _add(self, record: AdapterRecord) -> None:
-        self._records[record.ref] = record
-
-    def _remove(self, record: AdapterRecord) -> None:
-        del self._records[record.ref]
-
-
-class HostTier(_Recency):
-    """Adapters in host memory. `used` counts those there and those being read; it never exceeds `budget`."""
-
-    def __init__(self, budget: int, max_records: int) -> None:
+    def __init__(self, memory: HostPages, max_records: int) -> None:
         super().__init__()
-        self.budget = budget
+        self.memory = memory
         self.max_records = max_records
-        self.used = 0
+        self._free = FreeRuns(memory.num_pages)
+        self._places: dict[int, HostPlace] = {}
+        self._draining: list[tuple[int, int, CopyEvent]] = []
+        self._events: dict[AdapterRef, CopyEvent] = {}
 
-    def victims(self, nbytes: int) -> list[AdapterRecord] | None:
-        """Records to let go so that `nbytes` more fit, or None if that cannot be.
+    @property
+    def num_used(self) -> int:
+        return self.memory.num_pages - self._free.num_free
 
-        An adapter that requests need stays, unless it runs on the device, where its weights are safe.
+    @property
+    def budget(self) -> int:
+        """Bytes of all pages."""
+        return self.memory.num_pages * self.memory.page_bytes
+
+    @property
+    def used(self) -> int:
+        """Bytes of the pages that are taken."""
+        return self.num_used * self.memory.page_bytes
+
+    def find_room(self, num_pages: int) -> HostRoom | None:
+        """A place for so many pages, and who must leave it; None if there can be none now.
+
+        Of all windows that could be cleared, the one whose best record is the worst.
         """
-        missing = self.used + nbytes - self.budget
-        surplus = len(self) + 1 - self.max_records
-        victims: list[AdapterRecord] = []
-        for record in self:
-            if missing <= 0 and surplus <= 0:
-                break
-            if not record.handles or record.users:
-                victims.append(record)
-                missing -= record.nbytes
-                surplus -= 1
-        return victims if missing <= 0 else None
+        crowded = len(self) >= self.max_records
+        first = None if crowded else best_run(self._free, num_pages)
+        if first is not None:
+            return HostRoom(first, [])
+        segments: list[tuple[int, int, HostPlace | None]] = [(*run, None) for run in self._free]
+        segments += [(place.first, place.count, place) for place in self._places.values()]
+        segments.sort(key=lambda segment: segment[0])
+        best: tuple[tuple[float, int], int, HostRoom] | None = None
+        for index in range(len(segments)):
+            window = self._clear_window(segments, index, num_pages, at_least=int(crowded))
+            if window is not None and (best is None or window[:2] < best[:2]):
+                best = window
+        return None if best is None else best[2]
 
-    def reserve(self, record: AdapterRecord) -> None:
-        """Set aside the bytes of a record that is going to be read."""
-        record.reserved = record.nbytes
-        self.used += record.reserved
+    def _clear_window(
+        self, segments: list[tuple[int, int, HostPlace | None]], index: int, num_pages: int, at_least: int
+    ) -> tuple[tuple[float, int], int, HostRoom] | None:
+        """The window that begins with a segment: rank of its best record, number of victims, and the room."""
+        pages, victims, worst = 0, [], (-1.0, -1)
+        for _, count, place in segments[index:]:
+            if place is not None:
+                if not _may_leave_host(place):
+                    return None
+                assert place.owner is not None
+                victims.append(place.owner)
+                worst = max(worst, self.order.rank(place.owner.ref))
+            pages += count
+            if pages >= num_pages and len(victims) >= at_least:
+                return worst, len(victims), HostRoom(segments[index][0], victims)
+        return None
 
-    def cancel_reservation(self, record: AdapterRecord) -> None:
-        self.used -= record.reserved
-        record.reserved = 0
+    def reserve(self, record: AdapterRecord, first: int) -> list[CopyEvent]:
+        """Set pages aside for a record that is going to be read; the copies to wait for before they are written."""
+        self._free.take(first, record.num_pages)
+        record.place = self._places[first] = HostPlace(first, record.num_pages, record)
+        self._draining = [entry for entry in self._draining if not entry[2].query()]
+        end = first + record.num_pages
+        return [event for start, count, event in self._draining if start < end and first < start + count]
+
+    def abandon(self, record: AdapterRecord) -> None:
+        """The read failed. The pages are free as soon as no thread can write to them."""
+        place, record.place = record.place, None
+        if place is not None:
+            place.owner = None
+            self._free_if_idle(place)
+
+    def written(self, place: HostPlace) -> None:
+        """The thread that filled the place is done with it, for good or ill."""
+        place.writing = False
+        self._free_if_idle(place)
 
     def add(self, record: AdapterRecord, weights: Any) -> None:
         """The weights of a record with a reservation have come."""
-        record.reserved = 0
         record.host = weights
-        self._add(record)
+        self._records[record.ref] = record
+        self.order.add(record.ref, record.num_pages)
 
-    def remove(self, record: AdapterRecord) -> None:
+    def copied(self, record: AdapterRecord, event: CopyEvent | None) -> None:
+        """A copy of the record's pages to the device ends with `event`; they must not change before."""
+        if event is not None:
+            self._events[record.ref] = event
+
+    def remove(self, record: AdapterRecord, evicted: bool = True) -> None:
         record.host = None
-        self.used -= record.nbytes
-        self._remove(record)
+        del self._records[record.ref]
+        self.order.remove(record.ref, evicted)
+        place, event = record.place, self._events.pop(record.ref, None)
+        assert place is not None
+        if event is not None and not event.query():
+            self._draining.append((place.first, place.count, event))
+        self.abandon(record)
+
+    def problems(self) -> Iterator[str]:
+        """What does not add up; a defect of this program."""
+        taken = sum(place.count for place in self._places.values())
+        if taken != self.num_used:
+            yield f"{self.num_used} host pages are accounted for, {taken} used"
+        for place in self._places.values():
+            if (place.owner is None and not place.writing) or (
+                place.owner is not None and place.owner.place is not place
+            ):
+                yield f"host page {place.first}"
+        if {r.ref for r in self} != {r.ref for r in self if r.host is not None and r.ref in self.order}:
+            yield "records on the host"
+
+    def _free_if_idle(self, place: HostPlace) -> None:
+        if place.owner is None and not place.writing:
+            del self._places[place.first]
+            self._free.give(place.first, place.count)
 
 
-class DeviceTier(_Recency):
+def _may_leave_host(place: HostPlace) -> bool:
+    """Nobody would miss it: no request waits for it, except where the device has it too and runs it."""
+    record = place.owner
+    if record is None or record.host is None or record.pinned == "host":
+        return False
+    if record.users:
+        return not record.retired
+    return not record.handles
+
+
+class DeviceTier(_Tier):
     """Adapters on the device."""
 
-    def __init__(self, arena: DeviceArena) -> None:
+    def __init__(self, arena: DeviceArena, clock: Callable[[], float]) -> None:
         super().__init__()
         self.arena = arena
+        self._clock = clock
 
-    def victims(self, num_pages: int) -> list[AdapterRecord] | None:
+    @property
+    def num_pinned_pages(self) -> int:
+        return sum(record.num_pages for record in self if record.pinned == "device")
+
+    def victims(self, num_pages: int, idle_only: bool = False) -> list[AdapterRecord] | None:
         """Records to let go so that an adapter of `num_pages` fits, or None if those in use leave no room.
 
-        First go adapters that no request needs, then those with a copy on the host, then those that must be read
-        anew: among equals the least recently used first.
+        First go adapters that no request needs, then (unless `idle_only`) those with a copy on the host, then those
+        that must be read anew: among equals in order of eviction.
         """
-        idle = [record for record in self if not record.users]
+        now = self._clock()
+        idle = [
+            record
+            for record in (self._records[ref] for ref in self.order)
+            if not record.users
+            and record.pinned != "device"
+            and record.claimed_until <= now
+            # Its requests have begun with weights that the source may no longer give.
+            and not (record.retired and record.handles and record.host is None)
+        ]
+        if idle_only:
+            idle = [record for record in idle if not record.handles]
         idle.sort(key=lambda record: (bool(record.handles), bool(record.handles) and record.host is None))
         pages, slots = self.arena.num_free_pages, self.arena.max_slots - self.arena.num_used_slots
         victims: list[AdapterRecord] = []
@@ -137,22 +270,26 @@ class DeviceTier(_Recency):
             slots += 1
         return victims if pages >= num_pages and slots > 0 else None
 
-    def add(self, record: AdapterRecord) -> None:
-        """Copy the host's weights of a record to the device; there is room."""
+    def add(self, record: AdapterRecord) -> CopyEvent | None:
+        """Copy the host's weights of a record to the device, where there is room; the copy's end, if it goes on."""
         slot = self.arena.allocate(record.rank)
         if slot is None:
             raise RuntimeError(f"the device has no room for adapter {record.ref}, though it was made")
         try:
-            self.arena.write(slot, record.host)
+            event: CopyEvent | None = self.arena.write(slot, record.host)
         except Exception:
             self.arena.free(slot)
             raise
         record.slot = slot
-        self._add(record)
+        self._records[record.ref] = record
+        self.order.add(record.ref, record.num_pages)
+        return event
 
-    def remove(self, record: AdapterRecord) -> None:
+    def remove(self, record: AdapterRecord, evicted: bool = True) -> None:
         if record.slot is None or record.users:
             raise RuntimeError(f"adapter {record.ref} is evicted while {record.users} sequences run with it")
         self.arena.free(record.slot)
         record.slot = None
-        self._remove(record)
+        record.claimed_until = 0.0
+        del self._records[record.ref]
+        self.order.remove(record.ref, evicted)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lorax_backend.types import AdapterRef
 
@@ -18,11 +18,31 @@ class FetchedAdapter:
         revision: what exactly was fetched: a commit, or a digest of the content. Two fetches with the same
             revision hold the same weights.
         public: True if every caller may use it, whatever its token.
+        cached: True if nothing had to be downloaded.
+        lease: keeps the folder on disk for as long as somebody refers to this object; None if nothing removes it.
     """
 
     folder: Path
     revision: str
     public: bool = True
+    cached: bool = field(default=False, compare=False)
+    lease: Any = field(default=None, compare=False, repr=False)
+
+
+class DiskTier(Protocol):
+    """Downloaded adapters on this machine's disk; `lorax_backend.adapters.disk_cache.DiskCache`."""
+
+    def stats(self) -> dict[str, int]:
+        """bytes_total (the budget), bytes_used, entries, evictions."""
+        ...
+
+    def entries(self) -> list[dict[str, Any]]:
+        """source, id, revision, bytes and last_used (seconds since the epoch) of each adapter on disk."""
+        ...
+
+    def purge(self, source: str | None = None, adapter_id: str | None = None) -> int:
+        """Remove an adapter's files, or everybody's; the bytes freed. Blocks."""
+        ...
 
 
 class AdapterSource(Protocol):
@@ -47,7 +67,8 @@ class AdapterSource(Protocol):
         ...
 
     def credential(self, token: str | None) -> str:
-        """A digest of the token a fetch would really use; equal digests have equal rights; '' for no token."""
+        """A digest of the token a fetch would really use; equal digests have equal rights; '' for no token. It is of
+        this process only (see tokens), so that it says nothing to whoever finds it."""
         ...
 
     def fetch(self, ref: AdapterRef, token: str | None) -> FetchedAdapter:
@@ -62,6 +83,7 @@ class AdapterSource(Protocol):
         """
         ...
 
-    def authorize(self, ref: AdapterRef, token: str | None) -> None:
-        """Check that `token` may read an adapter that another token has fetched; blocks. Raises as `fetch`."""
+    def authorize(self, ref: AdapterRef, token: str | None) -> bool:
+        """Check that `token` may read an adapter that is here already; True if everybody may. Blocks; raises as
+        `fetch`, and for an adapter that the token may not read just as for one that does not exist."""
         ...

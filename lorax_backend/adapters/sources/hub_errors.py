@@ -5,6 +5,7 @@ Our messages are made here, not taken over: the originals hold addresses, which 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 from huggingface_hub.errors import (
@@ -44,18 +45,30 @@ def translate(error: Exception, ref: AdapterRef, with_token: bool) -> AdapterErr
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
             return AdapterNotFoundError(f"{ref}: a file of the adapter is missing on the hub")
     status = _status(error)
-    if status in (401, 403):
-        return AdapterUnauthorizedError(f"{ref}: the hub answered {status}: {token}")
-    if status == 404:
-        return AdapterNotFoundError(f"{ref} does not exist on the hub")
+    if status in (401, 403, 404):  # in the words for a private one, so that they tell nothing about it
+        return AdapterNotFoundError(f"{ref} does not exist on the hub, or it is private and {token}")
     if status is not None:
         return AdapterDownloadError(f"{ref}: the hub answered {status}; trying again later may help")
     root = list(_causes(error))[-1]
     if isinstance(root, OfflineModeIsEnabled):
         return AdapterDownloadError(f"{ref} is not in the cache, and HF_HUB_OFFLINE forbids to download it")
     if isinstance(root, OSError) and root.errno is not None and not isinstance(root, ConnectionError):
-        return AdapterDownloadError(f"{ref} could not be stored: {root.strerror or type(root).__name__}")
+        return not_stored(root, ref)
     return AdapterDownloadError(f"{ref}: the hub could not be reached or broke off ({type(root).__name__})")
+
+
+def not_stored(error: OSError, ref: AdapterRef) -> AdapterDownloadError:
+    """The download failed on this machine's side."""
+    remedy = "; make room on the disk of adapter_disk_cache" if is_disk_full(error) else ""
+    return AdapterDownloadError(
+        f"{ref} could not be stored: {error.strerror or type(error).__name__}{remedy}"
+    )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """True if a file could not be written for want of room."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(isinstance(cause, OSError) and cause.errno in full for cause in _causes(error))
 
 
 def is_transient(error: Exception) -> bool:

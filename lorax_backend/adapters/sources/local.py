@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from lorax_backend.adapters.sources.base import FetchedAdapter
-from lorax_backend.adapters.weight_files import CONFIG_NAME
-from lorax_backend.errors import AdapterNotFoundError, ValidationError
+from lorax_backend.adapters.weight_files import CONFIG_NAME, PICKLE_NAME
+from lorax_backend.errors import AdapterNotFoundError, AdapterTooLargeError, ValidationError
 from lorax_backend.types import AdapterRef
 
 
@@ -16,15 +16,18 @@ class LocalSource:
     """`adapter_source=local`: the id is a folder, absolute or relative to the server's working directory.
 
     The folder is only read. Its revision is a digest of adapter_config.json and of the weights' sizes and times of
-    change, so that an adapter trained again in the same place is another one once it is loaded again. With `root`
-    set, folders outside it are refused: for servers whose callers are not trusted with the whole file system.
+    change, so that an adapter trained again in the same place is another one once it is loaded again. With `roots`,
+    relative ids are relative to the first of them, and folders outside all of them are told as missing: for servers
+    whose callers are not trusted with the whole file system.
     """
 
     name = "local"
     remote = False
 
-    def __init__(self, root: Path | None = None) -> None:
-        self._root = None if root is None else Path(os.path.realpath(root))
+    def __init__(self, roots: tuple[Path, ...] = (), max_bytes: int = 8 << 30) -> None:
+        self._base = os.path.abspath(roots[0]) if roots else None
+        self._roots = [Path(os.path.realpath(root)) for root in roots]
+        self._max_bytes = max_bytes
 
     def canonical(self, ref: AdapterRef) -> AdapterRef:
         if ref.revision is not None:
@@ -33,35 +36,53 @@ class LocalSource:
             )
         if not ref.id or "\0" in ref.id:
             raise ValidationError("adapter_id: a local adapter needs the path of its folder")
-        return AdapterRef(self.name, os.path.abspath(ref.id))
+        folder = os.path.join(self._base, ref.id) if self._base else ref.id
+        return AdapterRef(self.name, os.path.abspath(folder))
 
     def credential(self, token: str | None) -> str:
         return ""
 
     def fetch(self, ref: AdapterRef, token: str | None) -> FetchedAdapter:
         folder = Path(self.canonical(ref).id)
-        if self._root is not None and not Path(os.path.realpath(folder)).is_relative_to(self._root):
-            raise AdapterNotFoundError(
-                f"adapter folder {folder} is outside the folder this server takes adapters from"
-            )
+        if not self._is_served(folder):
+            raise self._missing(folder)
         try:
             if not folder.is_dir():
-                problem = "is not a folder" if folder.exists() else "does not exist on the server"
-                raise AdapterNotFoundError(f"adapter folder {folder} {problem}")
-            return FetchedAdapter(folder, _content_digest(folder))
+                if folder.exists():
+                    raise AdapterNotFoundError(f"adapter folder {folder} is not a folder")
+                raise self._missing(folder)
+            return FetchedAdapter(folder, self._content_digest(folder))
         except FileNotFoundError:
             raise AdapterNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no PEFT adapter") from None
         except OSError as error:
             raise AdapterNotFoundError(f"adapter folder {folder} cannot be read: {error.strerror}") from None
 
-    def authorize(self, ref: AdapterRef, token: str | None) -> None:
-        return None
+    def authorize(self, ref: AdapterRef, token: str | None) -> bool:
+        return True
 
+    def _is_served(self, folder: Path) -> bool:
+        real = Path(os.path.realpath(folder))
+        return not self._roots or any(real.is_relative_to(root) for root in self._roots)
 
-def _content_digest(folder: Path) -> str:
-    digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes())
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.endswith(".safetensors"):
-            info = entry.stat()
-            digest.update(f"{entry.name} {info.st_size} {info.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:40]
+    def _missing(self, folder: Path) -> AdapterNotFoundError:
+        """The same words for what is not there and for what is not served, which callers have no right to know."""
+        outside = ", or it is outside the folders this server takes adapters from" if self._roots else ""
+        return AdapterNotFoundError(f"adapter folder {folder} does not exist on the server{outside}")
+
+    def _content_digest(self, folder: Path) -> str:
+        if not self._is_served(folder / CONFIG_NAME):
+            raise self._missing(folder / CONFIG_NAME)
+        digest, total = hashlib.sha256((folder / CONFIG_NAME).read_bytes()), 0
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.endswith(".safetensors") or entry.name == PICKLE_NAME:
+                if not self._is_served(Path(entry.path)):  # a link out of the folder
+                    raise self._missing(Path(entry.path))
+                info = entry.stat()
+                total += info.st_size
+                digest.update(f"{entry.name} {info.st_size} {info.st_mtime_ns}\n".encode())
+        if total > self._max_bytes:
+            raise AdapterTooLargeError(
+                f"{folder}: its weights have {total} bytes, this server takes at most {self._max_bytes} "
+                "(max_adapter_bytes); is it a whole model?"
+            )
+        return digest.hexdigest()[:40]

@@ -158,7 +158,7 @@ def test_each_kind_of_failure_reaches_its_request(
         (AdapterRef("hub", "org/private"), AdapterNotFoundError, "api_token"),
         (AdapterRef("hub", "org/none"), AdapterNotFoundError, "org/none"),
         (AdapterRef("hub", "not a repo"), ValidationError, "adapter_id"),
-        (AdapterRef("s3", "bucket/key"), ValidationError, "hub, local"),
+        (AdapterRef("gcs", "bucket/key"), ValidationError, "hub, local, pbase, s3"),
         (local(tmp_path / "none"), AdapterNotFoundError, str(tmp_path / "none")),
         (local(make_adapter("wide", rank=17)), AdapterTooLargeError, "max_lora_rank 16"),
     ]

@@ -170,12 +170,13 @@ def test_a_gated_adapter_needs_a_token_that_was_let_in(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_without_details_is_a_refusal(
+def test_a_refusal_reads_like_a_missing_adapter(
     status: int, hub: HubServer, files: dict[str, bytes], source: HubSource
 ) -> None:
+    missing = failure(source, AdapterNotFoundError, token="hf_wrong")
     hub.commit(REF.id, files)
     hub.add_fault("api/models", status=status)
-    failure(source, AdapterUnauthorizedError, token=TOKEN)
+    assert failure(source, AdapterNotFoundError, token="hf_wrong") == missing
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])

@@ -100,7 +100,7 @@ def test_a_root_keeps_callers_inside(make_adapter: Callable[..., Path], tmp_path
     inside = make_adapter("served/good")
     outside = make_adapter("private")
     (tmp_path / "served" / "link").symlink_to(outside)
-    source = LocalSource(root=tmp_path / "served")
+    source = LocalSource((tmp_path / "served",))
     assert source.fetch(local(inside), None).folder == inside
     for path in (outside, tmp_path / "served" / "link", f"{tmp_path}/served/../private"):
         with pytest.raises(AdapterNotFoundError, match="outside"):

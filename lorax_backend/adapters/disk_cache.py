@@ -1,0 +1,275 @@
+"""Downloaded adapters on disk, within a budget of bytes. Standard library only.
+
+The folder holds `<source>/<repository>/snapshots/<revision>/<files>`, which is also how `huggingface_hub` lays out its
+cache, so that its downloads can go straight here (its snapshots are links to files in `blobs`). A snapshot's time of
+change is its last use: there is no index to corrupt, and a restarted server goes on with the same order. Several
+processes may share the folder: none removes what another has used in the last minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lorax_backend.adapters.weight_files import CONFIG_NAME
+from lorax_backend.errors import AdapterTooLargeError
+
+_ID_FILE = ".adapter_id"
+_FOREIGN_USE_S = 60.0
+_STALE_S = 86400.0  # a download that broke off is taken up again for a day
+_PARTIAL = (".incomplete", ".part")
+_MAX_NAME = 120
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    source: str
+    adapter_id: str
+    folder: Path
+    nbytes: int
+    last_used: float
+    leases: int = 0
+
+    @property
+    def repository(self) -> Path:
+        return self.folder.parent.parent
+
+
+class DiskLease:
+    """Keeps one adapter's files on disk while it is referred to."""
+
+
+class DiskCache:
+    """Least recently used adapters leave first; those being written or read stay. Any thread may call it."""
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        """Look at what is there, and remove what broke off long ago.
+
+        Raises:
+            ValueError: the folder cannot be made.
+        """
+        self.root = root
+        self.max_bytes = max_bytes
+        self._lock = (
+            threading.RLock()
+        )  # a lease may end in the middle of anything, also of what holds the lock
+        self._entries: dict[Path, _Entry] = {}
+        self._writing: dict[Path, int] = {}
+        self._reserved = 0
+        self._evictions = 0
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"adapter_disk_cache: {root} cannot be made: {error.strerror}") from error
+        self._scan()
+
+    def folder(self, source: str) -> Path:
+        """Where a source keeps its repositories."""
+        return self.root / source
+
+    def repository(self, source: str, adapter_id: str) -> Path:
+        """The folder of an adapter of a source that has no layout of its own; made, and marked with the id."""
+        name = (
+            f"{quote(adapter_id, safe='')[:_MAX_NAME]}-{hashlib.sha256(adapter_id.encode()).hexdigest()[:12]}"
+        )
+        folder = self.folder(source) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        marker = folder / _ID_FILE
+        if not marker.exists():
+            marker.write_text(adapter_id)
+        return folder
+
+    @contextlib.contextmanager
+    def writing(self, repository: Path, nbytes: int) -> Iterator[None]:
+        """Make room for a download of so many bytes into a repository, which nobody removes meanwhile.
+
+        Raises:
+            AdapterTooLargeError: it exceeds the whole budget.
+        """
+        if nbytes > self.max_bytes:
+            raise AdapterTooLargeError(
+                f"the adapter's files have {nbytes} bytes, this server's disk cache holds {self.max_bytes} "
+                "(adapter_disk_bytes)"
+            )
+        with self._lock:
+            self._reserved += nbytes
+            self._writing[repository] = self._writing.get(repository, 0) + 1
+        self._evict(lambda: self._used + self._reserved > self.max_bytes)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved -= nbytes
+                self._writing[repository] -= 1
+                if not self._writing[repository]:
+                    del self._writing[repository]
+
+    def lease(self, source: str, adapter_id: str, folder: Path) -> DiskLease | None:
+        """Note a use of the adapter in `folder` and keep it; None if it has just been removed."""
+        nbytes = _size(folder)
+        with self._lock:
+            entry = self._entries.get(folder)
+            if entry is None:
+                entry = self._entries[folder] = _Entry(source, adapter_id, folder, nbytes, 0.0)
+            entry.nbytes, entry.last_used = nbytes, float(int(time.time() * 1000)) / 1000
+            entry.leases += 1
+        lease = DiskLease()
+        weakref.finalize(lease, self._release, entry)
+        with contextlib.suppress(OSError):
+            os.utime(folder, (entry.last_used, entry.last_used))
+        if not (folder / CONFIG_NAME).exists():
+            with self._lock:
+                self._entries.pop(folder, None)
+            return None
+        return lease
+
+    def shrink(self) -> int:
+        """The disk is full before the budget is: remove a quarter of what is there; the bytes freed."""
+        with self._lock:
+            before = self._used
+        return self._evict(lambda: self._used > before * 3 // 4)
+
+    def purge(self, source: str | None = None, adapter_id: str | None = None) -> int:
+        """Remove an adapter's files, or everybody's; the bytes freed. What is being read stays."""
+        with self._lock:
+            victims = [
+                entry
+                for entry in self._entries.values()
+                if entry.source == (source or entry.source)
+                and entry.adapter_id == (adapter_id or entry.adapter_id)
+            ]
+            victims = [entry for entry in victims if self._is_free(entry)]
+            for entry in victims:
+                del self._entries[entry.folder]
+        for entry in victims:
+            _remove_snapshot(entry.folder)
+        return sum(entry.nbytes for entry in victims)
+
+    def stats(self) -> dict[str, int]:
+        with self._lock:
+            return {
+                "bytes_total": self.max_bytes,
+                "bytes_used": self._used,
+                "entries": len(self._entries),
+                "evictions": self._evictions,
+            }
+
+    def entries(self) -> list[dict[str, Any]]:
+        """source, id, revision, bytes and last_used (seconds since the epoch), most recently used first."""
+        with self._lock:
+            entries = sorted(self._entries.values(), key=lambda entry: -entry.last_used)
+        return [
+            {
+                "source": entry.source,
+                "id": entry.adapter_id,
+                "revision": entry.folder.name,
+                "bytes": entry.nbytes,
+                "last_used": entry.last_used,
+            }
+            for entry in entries
+        ]
+
+    @property
+    def _used(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def _is_free(self, entry: _Entry) -> bool:
+        return not entry.leases and entry.repository not in self._writing
+
+    def _evict(self, needed: Any) -> int:
+        victims: list[_Entry] = []
+        with self._lock:
+            candidates = sorted(
+                filter(self._is_free, self._entries.values()), key=lambda entry: entry.last_used
+            )
+            for entry in candidates:
+                if not needed():
+                    break
+                if _used_elsewhere(entry):
+                    continue
+                del self._entries[entry.folder]
+                victims.append(entry)
+            self._evictions += len(victims)
+        for entry in victims:
+            _remove_snapshot(entry.folder)
+        return sum(entry.nbytes for entry in victims)
+
+    def _release(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.leases -= 1
+
+    def _scan(self) -> None:
+        for folder in self.root.glob("*/*/snapshots/*"):
+            with contextlib.suppress(OSError):  # another server may have removed it
+                if (folder / CONFIG_NAME).exists():
+                    source, repository = folder.parts[-4], folder.parent.parent
+                    entry = _Entry(
+                        source, _adapter_id(repository), folder, _size(folder), folder.stat().st_mtime
+                    )
+                    self._entries[folder] = entry
+        for partial in self.root.glob("*/*/*/*"):
+            with contextlib.suppress(OSError):
+                if partial.name.endswith(_PARTIAL) and time.time() - partial.stat().st_mtime > _STALE_S:
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _used_elsewhere(entry: _Entry) -> bool:
+    """True if another process has just used it; takes over its time of use."""
+    try:
+        used = entry.folder.stat().st_mtime
+    except OSError:
+        return False
+    if abs(used - entry.last_used) < 0.002:
+        return False
+    entry.last_used = used
+    return time.time() - used < _FOREIGN_USE_S
+
+
+def _adapter_id(repository: Path) -> str:
+    marker = repository / _ID_FILE
+    if marker.exists():
+        return marker.read_text()
+    return repository.name.removeprefix("models--").replace("--", "/")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files that a snapshot holds or links to."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                total += entry.stat().st_size if entry.is_file() else 0
+    return total
+
+
+def _remove_snapshot(folder: Path) -> None:
+    """Remove a snapshot and the blobs that only it links to; with the last one, the repository."""
+    blobs = _linked(folder)
+    doomed = folder.with_name(folder.name + ".removed")
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)  # at once, so that nobody finds half of it
+    shutil.rmtree(doomed, ignore_errors=True)
+    snapshots = [entry for entry in folder.parent.glob("*") if entry.is_dir()]
+    if not snapshots:
+        shutil.rmtree(folder.parent.parent, ignore_errors=True)
+        return
+    for snapshot in snapshots:
+        blobs -= _linked(snapshot)
+    for blob in blobs:
+        blob.unlink(missing_ok=True)
+
+
+def _linked(folder: Path) -> set[Path]:
+    with contextlib.suppress(OSError):
+        return {entry.resolve() for entry in folder.iterdir() if entry.is_symlink()}
+    return set()

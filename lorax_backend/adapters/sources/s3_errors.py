@@ -1,0 +1,66 @@
+"""What boto3's exceptions mean to a caller of ours. Does not import boto3: its absence is told by the source."""
+
+from __future__ import annotations
+
+import errno
+
+from lorax_backend.errors import AdapterDownloadError, AdapterError, AdapterNotFoundError, LoraxError
+from lorax_backend.types import AdapterRef
+
+_TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+_CHANGED_STATUS = (412, 416)  # IfMatch or Range failed: the object is another one now
+
+
+class ShortReadError(Exception):
+    """The connection ended before the file did."""
+
+
+def translate(error: Exception, ref: AdapterRef) -> AdapterError:
+    """The error to give to the caller; one of ours is passed through. A bucket, key or right that is missing is told
+    in the same words, and without the address, which may be the operator's secret."""
+    if isinstance(error, LoraxError):
+        raise error
+    status = _status(error)
+    if status in (400, 401, 403, 404):
+        return AdapterNotFoundError(f"{ref} does not exist, or the server may not read it")
+    if status in _CHANGED_STATUS:
+        return AdapterDownloadError(f"{ref} changed while it was downloaded; try again")
+    if status is not None:
+        return AdapterDownloadError(
+            f"{ref}: the bucket's server answered {status}; trying again later may help"
+        )
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return AdapterDownloadError(f"{ref}: this server has no credentials for S3 (AWS_ACCESS_KEY_ID)")
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        remedy = "; make room on the disk of adapter_disk_cache" if is_disk_full(error) else ""
+        return AdapterDownloadError(f"{ref} could not be stored: {error.strerror}{remedy}")
+    return AdapterDownloadError(
+        f"{ref}: the bucket's server could not be reached or broke off ({type(error).__name__})"
+    )
+
+
+def is_transient(error: Exception) -> bool:
+    """True if the same call may succeed a little later."""
+    if isinstance(error, LoraxError):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    if isinstance(error, OSError) and error.errno is not None:
+        return isinstance(error, ConnectionError | TimeoutError)
+    # botocore's and urllib3's for connections, time limits and answers cut short
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(
+        names & {"ShortReadError", "HTTPClientError", "ConnectionError", "HTTPError", "IncompleteReadError"}
+    )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """True if a file could not be written for want of room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    return metadata.get("HTTPStatusCode")
