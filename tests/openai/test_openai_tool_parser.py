@@ -14,7 +14,10 @@ HERMES = (
     'Let me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Pa}r\\"is"}}\n</tool_call>\n'
     '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
 )
-MISTRAL_LIST = '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "get_weather", "arguments": {"c": [1, 2]}}]'
+MISTRAL_LIST = (
+    '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, '
+    '{"name": "get_weather", "arguments": {"c": [1, 2]}}]'
+)
 MISTRAL_NAMED = (
     '[TOOL_CALLS]add[ARGS]{"a": {"b": 1}}[TOOL_CALLS] get_weather[CALL_ID]x1[ARGS]{"city": "Rome"}'
 )

@@ -75,7 +75,7 @@ _KINDS: dict[str, tuple[int, str, str | None]] = {
 
 def from_lorax(error: LoraxError) -> ApiError:
     """The server's error in OpenAI's words; its cause is `error`."""
-    kind = str(getattr(error, "error_type", "") or "")
+    kind = error.error_type or ""
     status, word, code = _KINDS.get(kind) or _by_status(error, kind)
     message = error.message.replace(_INTERNAL, "")
     param = "model" if kind.startswith("adapter_") else None
@@ -102,5 +102,9 @@ def _by_status(error: LoraxError, kind: str) -> tuple[int, str, str | None]:
         return _KINDS["timeout"]
     if isinstance(error, ConnectionError):
         return 503, "server_error", "server_unreachable"
-    status = int(getattr(error, "http_status", 0) or 0)
-    return status if status >= 500 else 500, "server_error", kind or None
+    status = error.status or 500
+    if status == 424:  # the server failed, not what it depends on
+        status = 500
+    if status == 422:
+        status = 400
+    return status, "server_error" if status >= 500 else "invalid_request_error", kind or None
