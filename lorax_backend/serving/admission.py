@@ -24,6 +24,7 @@ class Admission:
         self._max_per_adapter = max_per_adapter
         self._lock = threading.Lock()
         self._by_adapter: dict[AdapterRef, int] = {}
+        self._entered: dict[int, AdapterRef] = {}
         self._mean_s: float | None = None
 
     def refusal(self, in_flight: int) -> OverloadedError | None:
@@ -36,8 +37,8 @@ class Admission:
             self.retry_after_s,
         )
 
-    def enter(self, adapter: AdapterRef | None) -> None:
-        """Count a request of an adapter.
+    def enter(self, handle: int, adapter: AdapterRef | None) -> None:
+        """Count request `handle` among those of its adapter.
 
         Raises:
             OverloadedError: the adapter has as many as it may; nothing was counted.
@@ -53,16 +54,16 @@ class Admission:
                     self.retry_after_s,
                 )
             self._by_adapter[adapter] = count + 1
+            self._entered[handle] = adapter
 
-    def leave(self, adapter: AdapterRef | None) -> None:
-        """Undo one `enter`."""
-        if adapter is None:
-            return
+    def leave(self, handle: int) -> None:
+        """Undo `enter`, if there was one."""
         with self._lock:
-            count = self._by_adapter[adapter] - 1
-            if count:
-                self._by_adapter[adapter] = count
-            else:
+            adapter = self._entered.pop(handle, None)
+            if adapter is None:
+                return
+            self._by_adapter[adapter] -= 1
+            if not self._by_adapter[adapter]:
                 del self._by_adapter[adapter]
 
     def finished(self, seconds: float) -> None:

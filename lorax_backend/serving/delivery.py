@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorax_backend.errors import LoraxError, error_from_dict
 from lorax_backend.serving.answer import AnswerBuilder
-from lorax_backend.types import AdapterRef, GenerateRequest, GenerationEvent, TokenOutput
+from lorax_backend.types import GenerateRequest, GenerationEvent, TokenOutput
 
 if TYPE_CHECKING:
     from lorax_backend.serving.sequences import SequenceGroup
@@ -49,7 +49,7 @@ class LiveRequest:
     """
 
     __slots__ = (
-        "builder", "channel", "ended", "entered", "error", "first_token_at", "group", "handle", "pending", "queue_s",
+        "builder", "channel", "ended", "error", "first_token_at", "group", "handle", "pending", "queue_s",
         "queued", "received_at", "request", "request_id", "sender", "validated_at", "wake_on_token",
     )  # fmt: skip
 
@@ -61,7 +61,6 @@ class LiveRequest:
         self.request: GenerateRequest | None = None
         self.builder: AnswerBuilder | None = None
         self.group: SequenceGroup | None = None  # the other sequences of its request, if it has several
-        self.entered: AdapterRef | None = None  # the adapter whose requests in flight it is counted among
         self.received_at = time.monotonic()
         self.validated_at: float | None = None
         self.first_token_at: float | None = None

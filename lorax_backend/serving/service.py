@@ -11,7 +11,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lorax_backend.config import ServerConfig
@@ -28,19 +27,18 @@ from lorax_backend.serving.adapter_fields import adapter_ref
 from lorax_backend.serving.adapter_templates import AdapterTemplates, FileSource
 from lorax_backend.serving.admission import Admission
 from lorax_backend.serving.aliases import AliasTable
-from lorax_backend.serving.answer import AnswerBuilder, PreparedPrompt
 from lorax_backend.serving.cancellation import CancellationPoller
 from lorax_backend.serving.control import preload_adapters, run_command
 from lorax_backend.serving.delivery import EventStream, LiveRequest, ResponseChannel, Sender
 from lorax_backend.serving.given import RawRequest
+from lorax_backend.serving.intake import Intake
 from lorax_backend.serving.live_requests import LiveRequests
 from lorax_backend.serving.metrics import MetricsRegistry
 from lorax_backend.serving.parameters import parse_request
-from lorax_backend.serving.prompt import Limits, prepare, sibling
-from lorax_backend.serving.sequences import SequenceGroup
+from lorax_backend.serving.prompt import Limits
 from lorax_backend.serving.service_metrics import ServiceMetrics
 from lorax_backend.serving.tokenizer import TokenizerPool
-from lorax_backend.types import EngineRequest, EngineStats, GenerateRequest, GenerationEvent, TokenOutput
+from lorax_backend.types import EngineStats, GenerateRequest, GenerationEvent, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +67,7 @@ class GenerationService:
         self.config = config
         self.aliases = AliasTable(lambda name, source, revision: adapter_ref(name, source, revision, config))
         self.aliases.load(config.adapter_aliases)
-        self.adapter_templates = AdapterTemplates(adapter_sources, tokenizer.special_tokens)
-        self._admission = Admission(config.max_concurrent_requests, config.max_requests_per_adapter)
+        self.admission = Admission(config.max_concurrent_requests, config.max_requests_per_adapter)
         self._live = LiveRequests()
         self._handles = itertools.count(1)
         self._started = False
@@ -88,9 +85,7 @@ class GenerationService:
         self._poller = CancellationPoller(
             config.cancel_poll_interval_s, self._live.snapshot, self._cancel_gone, self._crashed
         )
-        self._pool = ThreadPoolExecutor(max(1, config.validation_workers), "lorax-validate")
-        # Apart from the pool above: fetching an adapter's chat template may take as long as a download.
-        self._fetchers = ThreadPoolExecutor(max(1, config.adapter_loader_threads), "lorax-fetch")
+        self._intake = Intake(self, adapter_sources)
 
     # ---- life ----
 
@@ -130,6 +125,21 @@ class GenerationService:
         return len(self._live)
 
     @property
+    def live(self) -> LiveRequests:
+        """The table of live requests."""
+        return self._live
+
+    @property
+    def adapter_templates(self) -> AdapterTemplates:
+        """The chat templates that adapters brought along."""
+        return self._intake.adapter_templates
+
+    @property
+    def service_metrics(self) -> ServiceMetrics:
+        """What to tell of a request's life; another object before `start` than after it."""
+        return self._metrics
+
+    @property
     def limits(self) -> Limits:
         """Longest prompt and longest sum of prompt and answer."""
         return self._limits
@@ -159,8 +169,7 @@ class GenerationService:
         self._fail_all(ShuttingDownError("the server has stopped; send the request to another one or later"))
         deadline = time.monotonic() + timeout
         self._live.wait_empty(timeout)
-        for pool in (self._pool, self._fetchers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._intake.stop()
         threads: list[CancellationPoller | Sender] = [self._poller, *self._senders]
         for thread in threads:
             thread.stop(max(0.1, deadline - time.monotonic()))
@@ -199,7 +208,7 @@ class GenerationService:
         """End every live request of this id with a `CancelledError`; False if there is none."""
         lives = self._live.of_request_id(request_id)
         for live in lives:
-            self._end(live, CancelledError("cancelled by a control request"))
+            self.end(live, CancelledError("cancelled by a control request"))
         return bool(lives)
 
     def control(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -230,11 +239,15 @@ class GenerationService:
             logger.error("the engine is gone: %s", reason)
         self._fail_all(self._dead_error())
 
+    def next_handle(self) -> int:
+        """A handle that no sequence has had."""
+        return next(self._handles)
+
     # ---- inside ----
 
     def _take(self, request_id: str, channel: ResponseChannel, parse: Callable[[], GenerateRequest]) -> None:
         """Register a request and have it validated, or tell its channel why not."""
-        handle = next(self._handles)
+        handle = self.next_handle()
         live = LiveRequest(handle, request_id, channel, self._senders[handle % len(self._senders)])
         refusal = self._refusal()
         if not self._started or not self._live.add(live):
@@ -247,8 +260,8 @@ class GenerationService:
             live.fail(refusal)
             return
         try:
-            self._pool.submit(self._guarded, live, lambda: self._validate(live, parse))
-        except RuntimeError:  # the pool has been shut down since
+            self._intake.take(live, parse)
+        except RuntimeError:  # it has been stopped since
             live.fail(ShuttingDownError("the server has stopped"))
 
     def _refusal(self) -> LoraxError | None:
@@ -256,91 +269,10 @@ class GenerationService:
             return self._dead_error()
         if self._draining or not self._started:
             return ShuttingDownError("the server takes no new requests; send it to another one or later")
-        return self._admission.refusal(len(self._live))
+        return self.admission.refusal(len(self._live))
 
     def _dead_error(self) -> EngineDeadError:
         return EngineDeadError(f"the engine has stopped: {self._dead_reason}; the server must be restarted")
-
-    def _guarded(self, live: LiveRequest, work: Callable[[], None]) -> None:
-        """Run a part of a request's preparation; what goes wrong ends that request alone."""
-        if live.failing():
-            return
-        try:
-            work()
-        except LoraxError as error:
-            live.fail(error)
-        except Exception as error:
-            logger.exception("request %s failed before it reached the engine", live.request_id)
-            live.fail(GenerationError(f"internal error: {type(error).__name__}: {error}"))
-
-    def _validate(self, live: LiveRequest, parse: Callable[[], GenerateRequest]) -> None:
-        """Check the request and choose its adapter (validation pool)."""
-        request = parse()
-        live.request = request
-        self._metrics.received(request.stream)
-        request.adapter = ref = self.aliases.resolve(request)
-        self._admission.enter(ref)
-        live.entered = ref
-        if request.messages is None or ref is None or self.adapter_templates.known(ref):
-            self._prepare(live, request)
-        else:
-            self._fetchers.submit(self._guarded, live, lambda: self._prepare(live, request))
-
-    def _prepare(self, live: LiveRequest, request: GenerateRequest) -> None:
-        """Tokenize and hand to the engine."""
-        template = None
-        if request.messages is not None and request.adapter is not None:
-            template = self.adapter_templates.get(request.adapter, request.api_token)
-        first = prepare(request, live.handle, self.tokenizer, self._limits, template)
-        live.validated_at = time.monotonic()
-        self._metrics.validated(
-            live.validated_at - live.received_at, len(first[1].ids), first[0].sampling.max_new_tokens
-        )
-        if max(request.n, request.best_of) == 1:
-            self._launch(live, request, *first)
-        else:
-            self._launch_group(live, request, *first)
-
-    def _launch(
-        self,
-        live: LiveRequest,
-        request: GenerateRequest,
-        engine_request: EngineRequest,
-        prompt: PreparedPrompt,
-    ) -> None:
-        live.builder = AnswerBuilder(request, self.tokenizer, prompt)
-        live.wake_on_token = request.stream or bool(request.stop)
-        self.engine.submit(engine_request)
-        if live.failing():  # ended meanwhile: its cancel may have reached the engine before the submit
-            self._cancel_in_engine(live)
-
-    def _launch_group(
-        self, live: LiveRequest, request: GenerateRequest, first: EngineRequest, prompt: PreparedPrompt
-    ) -> None:
-        """Start all sequences of a request for several; each is a live request whose events meet in a group."""
-        group = SequenceGroup(request, live.channel, self._cancel_member)
-        group.members.append(live)
-        live.group, live.channel = group, group.member(0)
-        if live.failing():  # its error may have gone out before the group stood in the way
-            return
-        self._launch(live, request, first, prompt)
-        for number in range(1, group.total):
-            twin = LiveRequest(next(self._handles), live.request_id, group.member(number), live.sender)
-            twin.request, twin.group = request, group
-            twin.received_at, twin.validated_at = live.received_at, live.validated_at
-            group.members.append(twin)
-            if live.failing() or group.over() or not self._live.add(twin):
-                return
-            engine_request, own = sibling(first, prompt, twin.handle, number, request.seed_given)
-            try:
-                self._launch(twin, request, engine_request, own)
-            except LoraxError as error:
-                twin.fail(error)
-            if group.over():
-                self._cancel_member(twin)
-
-    def _cancel_member(self, live: LiveRequest) -> None:
-        self._end(live, CancelledError("the request has ended"))
 
     def _deliver(self, live: LiveRequest) -> None:
         """Send what has become of one request (its sender's thread)."""
@@ -365,8 +297,10 @@ class GenerationService:
     def _next_event(self, live: LiveRequest, outputs: list[TokenOutput]) -> GenerationEvent | None:
         builder = live.builder
         if live.error is not None:
-            if live.error.get("error_type") == OverloadedError.error_type:  # the engine does not know how long
-                live.error.setdefault("retry_after_s", self._admission.retry_after_s)
+            if (
+                live.error.get("error_type") == OverloadedError.error_type
+            ):  # the engine does not know how long
+                live.error.setdefault("retry_after_s", self.admission.retry_after_s)
             return GenerationEvent(
                 error=live.error,
                 prompt_tokens=builder.prompt_tokens if builder else 0,
@@ -376,13 +310,13 @@ class GenerationService:
             return None
         event = builder.add(outputs)
         if builder.stopped:
-            self._cancel_in_engine(live)
+            self.cancel_in_engine(live)
         return event
 
     def _give_up(self, live: LiveRequest, error: Exception) -> None:
         """The event could not be built or sent: end this request alone, telling the caller if that is possible."""
         logger.warning("request %s: cannot deliver: %s: %s", live.request_id, type(error).__name__, error)
-        self._cancel_in_engine(live)
+        self.cancel_in_engine(live)
         reason = f"the answer could not be delivered: {type(error).__name__}: {error}"
         event = GenerationEvent(
             error=GenerationError(reason).to_dict(), timings=live.timings(time.monotonic())
@@ -402,18 +336,18 @@ class GenerationService:
                 self._metrics.failed(str(event.error.get("error_type")))
             else:
                 self._metrics.succeeded(event.timings or {}, tokens)
-                self._admission.finished((event.timings or {}).get("total", 0.0))
-        self._admission.leave(live.entered)
-        live.entered = None
+                self.admission.finished((event.timings or {}).get("total", 0.0))
+        self.admission.leave(live.handle)
         self._live.remove(live)
         self._metrics.in_flight(len(self._live))
 
-    def _end(self, live: LiveRequest, error: LoraxError) -> None:
+    def end(self, live: LiveRequest, error: LoraxError) -> None:
         """End a request with an error and free what the engine holds for it."""
         live.fail(error)
-        self._cancel_in_engine(live)
+        self.cancel_in_engine(live)
 
-    def _cancel_in_engine(self, live: LiveRequest) -> None:
+    def cancel_in_engine(self, live: LiveRequest) -> None:
+        """Free what the engine holds for a sequence."""
         if self._dead_reason is not None:
             return
         try:
@@ -422,7 +356,7 @@ class GenerationService:
             logger.debug("request %s: not cancelled: %s", live.request_id, error.message)
 
     def _cancel_gone(self, live: LiveRequest) -> None:
-        self._end(live, CancelledError("the client has cancelled the request or gone away"))
+        self.end(live, CancelledError("the client has cancelled the request or gone away"))
 
     def _fail_all(self, error: LoraxError) -> None:
         for live in self._live.snapshot():

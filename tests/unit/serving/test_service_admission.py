@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_a_refused_or_cancelled_request_gives_its_place_back(make_service: MakeS
     service.cancel("x")
     channel.wait_final()
     assert service.drain(WAIT_S)
-    assert not service._admission._by_adapter
+    assert not service.admission._by_adapter
 
 
 def test_the_queue_deadline_and_priority_reach_the_engine(make_service: MakeService) -> None:
@@ -343,6 +344,40 @@ def test_c22_the_adapters_own_template_wins_over_the_base_models(
         service.submit(RawRequest("", fields | {"adapter_id": str(tmp_path / "none")}), missing)
         assert missing.error["error_type"] == "adapter_not_found"
     finally:
+        service.stop()
+
+
+def test_c22_everyone_waits_for_one_fetch_and_a_slow_adapter_delays_no_other(
+    templated: Path, byte_level: TokenizerPool
+) -> None:
+    gate = threading.Event()
+    fetched: list[str] = []
+
+    class SlowSource(LocalSource):
+        def fetch(self, ref: AdapterRef, token: str | None) -> Any:
+            fetched.append(ref.id)
+            if ref.id == "slow":
+                assert gate.wait(WAIT_S)
+                raise AdapterNotFoundError("slow is not there")
+            return super().fetch(ref, token)
+
+    engine = FakeEngine()
+    config = ServerConfig(default_adapter_source="local", adapter_loader_threads=2, validation_workers=1)
+    service = GenerationService(engine, byte_level, config, lambda: {"local": SlowSource()})
+    service.start()
+    try:
+        chat = {"messages": '[{"role": "user", "content": "hi"}]'}
+        slow = [RecordingChannel() for _ in range(20)]
+        for channel in slow:
+            service.submit(RawRequest("", chat | {"adapter_id": "slow"}), channel)
+        service.submit(RawRequest("", chat | {"adapter_id": str(templated)}), RecordingChannel())
+        service.submit(RawRequest("", chat), RecordingChannel())
+        engine.wait_submitted(2)
+        gate.set()
+        assert {channel.error["error_type"] for channel in slow} == {"adapter_not_found"}
+        assert fetched.count("slow") == 1
+    finally:
+        gate.set()
         service.stop()
 
 

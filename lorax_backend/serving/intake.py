@@ -1,0 +1,173 @@
+"""From a request received to its sequences in the engine: checks, the choice of the adapter, tokenization."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lorax_backend.errors import CancelledError, GenerationError, LoraxError
+from lorax_backend.serving.adapter_templates import AdapterTemplates, FileSource
+from lorax_backend.serving.answer import AnswerBuilder, PreparedPrompt
+from lorax_backend.serving.delivery import LiveRequest
+from lorax_backend.serving.prompt import prepare, sibling
+from lorax_backend.serving.sequences import SequenceGroup
+from lorax_backend.types import AdapterRef, EngineRequest, GenerateRequest
+
+if TYPE_CHECKING:
+    from lorax_backend.serving.service import GenerationService
+
+logger = logging.getLogger(__name__)
+
+_Fetch = tuple[AdapterRef, str | None]  # with whose token
+
+
+class Intake:
+    """Prepares requests on its own threads: those of validation, which never wait for a network, and those that fetch
+    what an adapter brings along.
+
+    Args:
+        host: the service; its engine, tables and metrics are used.
+        adapter_sources: makes the sources in which adapters' own chat templates are looked for.
+    """
+
+    def __init__(
+        self, host: GenerationService, adapter_sources: Callable[[], Mapping[str, FileSource]]
+    ) -> None:
+        self._host = host
+        config = host.config
+        self.adapter_templates = AdapterTemplates(adapter_sources, host.tokenizer.special_tokens)
+        self._pool = ThreadPoolExecutor(max(1, config.validation_workers), "lorax-validate")
+        # Apart from the pool above: fetching an adapter may take as long as a download.
+        self._fetchers = ThreadPoolExecutor(max(1, config.adapter_loader_threads), "lorax-fetch")
+        self._lock = threading.Lock()
+        self._waiting: dict[_Fetch, list[tuple[LiveRequest, GenerateRequest]]] = {}
+
+    def take(self, live: LiveRequest, parse: Callable[[], GenerateRequest]) -> None:
+        """Prepare a request soon; whatever becomes of it reaches its channel.
+
+        Raises:
+            RuntimeError: the intake has been stopped.
+        """
+        self._pool.submit(self._guarded, live, lambda: self._validate(live, parse))
+
+    def stop(self) -> None:
+        """Take nothing more; what has not begun is dropped."""
+        for pool in (self._pool, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _guarded(self, live: LiveRequest, work: Callable[[], None]) -> None:
+        """Run a part of a request's preparation; what goes wrong ends that request alone."""
+        if live.failing():
+            return
+        try:
+            work()
+        except LoraxError as error:
+            live.fail(error)
+        except Exception as error:
+            logger.exception("request %s failed before it reached the engine", live.request_id)
+            live.fail(GenerationError(f"internal error: {type(error).__name__}: {error}"))
+
+    def _validate(self, live: LiveRequest, parse: Callable[[], GenerateRequest]) -> None:
+        """Check the request and choose its adapter."""
+        host = self._host
+        request = parse()
+        live.request = request
+        host.service_metrics.received(request.stream)
+        request.adapter = ref = host.aliases.resolve(request)
+        host.admission.enter(live.handle, ref)
+        if live.ended:  # cancelled meanwhile, and forgotten before it was counted
+            host.admission.leave(live.handle)
+        if request.messages is None or ref is None or self.adapter_templates.known(ref):
+            self._prepare(live, request)
+        else:
+            self._prepare_with_template(live, request, ref)
+
+    def _prepare_with_template(self, live: LiveRequest, request: GenerateRequest, ref: AdapterRef) -> None:
+        """Prepare once the adapter's files are here. All who wait for the same files wait for one fetch, so that they
+        take one thread and leave the others to other adapters."""
+        key = (ref, request.api_token)
+        with self._lock:
+            waiting = self._waiting.setdefault(key, [])
+            waiting.append((live, request))
+            if len(waiting) > 1:
+                return
+        self._fetchers.submit(self._fetch, key)
+
+    def _fetch(self, key: _Fetch) -> None:
+        error: LoraxError | None = None
+        try:
+            self.adapter_templates.get(*key)
+        except LoraxError as problem:
+            error = problem
+        except Exception as problem:
+            logger.exception("the files of adapter %s could not be looked at", key[0])
+            error = GenerationError(f"internal error: {type(problem).__name__}: {problem}")
+        with self._lock:
+            waiting = self._waiting.pop(key)
+        for live, request in waiting:
+            if error is not None:
+                live.fail(error)
+            else:
+                self._guarded(live, partial(self._prepare, live, request))
+
+    def _prepare(self, live: LiveRequest, request: GenerateRequest) -> None:
+        """Tokenize and hand to the engine."""
+        host = self._host
+        template = None
+        if request.messages is not None and request.adapter is not None:
+            template = self.adapter_templates.get(request.adapter, request.api_token)
+        first = prepare(request, live.handle, host.tokenizer, host.limits, template)
+        live.validated_at = time.monotonic()
+        host.service_metrics.validated(
+            live.validated_at - live.received_at, len(first[1].ids), first[0].sampling.max_new_tokens
+        )
+        if max(request.n, request.best_of) == 1:
+            self._launch(live, request, *first)
+        else:
+            self._launch_group(live, request, *first)
+
+    def _launch(
+        self,
+        live: LiveRequest,
+        request: GenerateRequest,
+        engine_request: EngineRequest,
+        prompt: PreparedPrompt,
+    ) -> None:
+        live.builder = AnswerBuilder(request, self._host.tokenizer, prompt)
+        live.wake_on_token = request.stream or bool(request.stop)
+        self._host.engine.submit(engine_request)
+        if live.failing():  # ended meanwhile: its cancel may have reached the engine before the submit
+            self._host.cancel_in_engine(live)
+
+    def _launch_group(
+        self, live: LiveRequest, request: GenerateRequest, first: EngineRequest, prompt: PreparedPrompt
+    ) -> None:
+        """Start all sequences of a request for several; each is a live request whose events meet in a group."""
+        group = SequenceGroup(request, live.channel, self._cancel_member)
+        group.members.append(live)
+        live.group, live.channel = group, group.member(0)
+        if live.failing():  # its error may have gone out before the group stood in the way
+            return
+        self._launch(live, request, first, prompt)
+        for number in range(1, group.total):
+            twin = LiveRequest(self._host.next_handle(), live.request_id, group.member(number), live.sender)
+            twin.request, twin.group = request, group
+            twin.received_at, twin.validated_at = live.received_at, live.validated_at
+            group.members.append(twin)
+            if live.failing() or group.over() or not self._host.live.add(twin):
+                return
+            engine_request, own = sibling(first, prompt, twin.handle, number, request.seed_given)
+            try:
+                self._launch(twin, request, engine_request, own)
+            except LoraxError as error:
+                twin.fail(error)
+            if group.over():
+                self._cancel_member(twin)
+
+    def _cancel_member(self, live: LiveRequest) -> None:
+        self._host.end(live, CancelledError("the request has ended"))
