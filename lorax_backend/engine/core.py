@@ -164,6 +164,7 @@ class EngineCore:
             adapters_loading=adapters["loading"],
             adapter_loads=adapters["loads"],
             adapter_evictions=adapters["evictions"],
+            adapter_tiers=adapters,
             steps=self._num_steps,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=scheduler.num_prompt_tokens,
