@@ -76,7 +76,7 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(driver: ModelDr
     assert seq.token_ids[seq.prompt_len :] == expected
 
 
-def test_tokens_of_a_sequence_do_not_depend_on_its_batch_mates(driver: ModelDriver) -> None:
+def test_n02_tokens_of_a_sequence_do_not_depend_on_its_batch_mates(driver: ModelDriver) -> None:
     settings = [
         SamplingParams(max_new_tokens=50),
         RANDOM,
@@ -97,7 +97,7 @@ def test_tokens_of_a_sequence_do_not_depend_on_its_batch_mates(driver: ModelDriv
             driver.remove(seq)
 
 
-def test_equal_seeds_repeat_and_other_seeds_differ(driver: ModelDriver) -> None:
+def test_g25_equal_seeds_repeat_and_other_seeds_differ(driver: ModelDriver) -> None:
     def run(seed: int) -> list[int]:
         params = SamplingParams(max_new_tokens=50, do_sample=True, temperature=1.5, seed=seed)
         seq = driver.add(prompt(1), sampling=params)

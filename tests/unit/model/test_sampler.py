@@ -47,7 +47,7 @@ def test_greedy_rows_take_the_best_logit() -> None:
     assert sample(logits_of([0.0, 2.0, 1.0], [5.0, 2.0, 1.0]), SamplingInputs()).ids.tolist() == [1, 0]
 
 
-def test_top_k_keeps_the_k_best_and_every_tie_of_the_last() -> None:
+def test_n07_top_k_keeps_the_k_best_and_every_tie_of_the_last() -> None:
     logits = logits_of([1.0, 3.0, 2.0, 2.0, 0.0])
     assert cut(logits, top_k=1) == [1]
     assert cut(logits, top_k=2) == [1, 2, 3]
@@ -58,7 +58,7 @@ def test_top_k_keeps_the_k_best_and_every_tie_of_the_last() -> None:
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.05, [2]), (0.49, [2]), (0.51, [0, 2]), (0.79, [0, 2]), (0.81, [0, 1, 2])]
 )
-def test_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one(top_p: float, kept: list[int]) -> None:
+def test_n07_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one(top_p: float, kept: list[int]) -> None:
     logits = torch.log(logits_of([0.3, 0.15, 0.5, 0.05]))
     assert cut(logits, top_p=top_p) == kept
 
@@ -100,7 +100,7 @@ def test_truncating_a_row_does_not_depend_on_the_other_rows() -> None:
         assert torch.equal(torch.isinf(alone[0]), torch.isinf(together[row])), row
 
 
-def test_drawing_follows_the_distribution() -> None:
+def test_n02_drawing_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniform = (torch.arange(1000) + 0.5)[:, None] / 1000
     ids = draw(torch.log(probabilities).expand(1000, 4), uniform)
@@ -114,7 +114,7 @@ def test_the_largest_random_number_never_draws_a_token_that_was_cut() -> None:
     assert draw(logits, torch.tensor([[0.0]])).tolist() == [7]
 
 
-def test_repetition_penalty_counts_the_prompt_and_the_others_only_the_answer() -> None:
+def test_n05_n06_repetition_penalty_counts_the_prompt_and_the_others_only_the_answer() -> None:
     table = torch.zeros(2, 5, dtype=torch.int32)
     count_occurrences(table, 1, torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]))
     inputs = PenaltyInputs(
@@ -129,7 +129,7 @@ def test_repetition_penalty_counts_the_prompt_and_the_others_only_the_answer() -
     assert got.tolist() == [[0.5, -2.0 - 0.75, 2.0 - 1.25, 3.0, -3.0]]
 
 
-def test_token_zero_is_penalised_only_where_it_occurred() -> None:
+def test_n05_token_zero_is_penalised_only_where_it_occurred() -> None:
     table = torch.zeros(1, 3, dtype=torch.int32)
     count_occurrences(table, 0, torch.tensor([2]), torch.tensor([], dtype=torch.int64))
     assert table.tolist() == [[0, 0, 1]]
@@ -140,7 +140,7 @@ def test_forbidden_ids_are_not_drawn() -> None:
     assert sample(logits_of([1.0, 3.0, 2.0], [1.0, 3.0, 2.0]), inputs).ids.tolist() == [0, 1]
 
 
-def test_greedy_rows_do_not_change_beside_rows_with_a_temperature() -> None:
+def test_n04_greedy_rows_do_not_change_beside_rows_with_a_temperature() -> None:
     torch.manual_seed(2)
     logits = torch.randn(4, VOCAB)
     mixed = sample(logits.clone(), SamplingInputs(random=random_inputs([1, 3], [0.1, 5.0], [0.9, 0.1])))
@@ -177,7 +177,7 @@ def test_rows_with_nan_or_infinite_logits_get_valid_ids_and_hurt_no_other_row() 
     assert all(0 <= token < VOCAB for token in greedy.ids.tolist())
 
 
-def test_logprobs_are_those_of_the_distribution_drawn_from() -> None:
+def test_n03_logprobs_are_those_of_the_distribution_drawn_from() -> None:
     logits = torch.log(logits_of([0.5, 0.25, 0.15, 0.1], [0.4, 0.3, 0.2, 0.1]))
     random = random_inputs([1], [0.5], [0.99])
     random.truncated = torch.tensor([0])
@@ -192,7 +192,7 @@ def test_logprobs_are_those_of_the_distribution_drawn_from() -> None:
     assert drawn.top_logprobs[1].exp().tolist() == pytest.approx([0.16 / 0.25, 0.09 / 0.25, 0.0])
 
 
-def test_half_precision_logits_give_float32_logprobs() -> None:
+def test_n03_half_precision_logits_give_float32_logprobs() -> None:
     drawn = sample(torch.randn(2, 50).bfloat16(), SamplingInputs(logprob_rows=torch.tensor([0, 1])))
     assert drawn.logprobs is not None
     assert drawn.logprobs.dtype == torch.float32
