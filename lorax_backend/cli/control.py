@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -17,11 +18,13 @@ class ServerUnreachableError(Exception):
 
 
 def ask(url: str, command: str, timeout: float = 10.0) -> dict[str, Any]:
-    """Send a control command to the server at `url` ('http://host:port') and return its answer.
+    """Send a control command to the server at `url` ('http://host:port' or 'host:port') and return its answer.
 
     Raises:
         ServerUnreachableError: nothing answers there within `timeout` seconds, or the answer is an error.
     """
+    if "://" not in url:
+        url = f"http://{url}"
     target = f"{url.rstrip('/')}/v2/models/{_MODEL}/generate"
     body = json.dumps({"control": json.dumps({"command": command})}).encode()
     request = urllib.request.Request(target, data=body, headers={"Content-Type": "application/json"})
@@ -30,6 +33,11 @@ def ask(url: str, command: str, timeout: float = 10.0) -> dict[str, Any]:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
         raise ServerUnreachableError(f"{target} answered {error.code}: {_reason(error.read())}") from None
+    except http.client.HTTPException:
+        raise ServerUnreachableError(
+            f"what answers at {url} does not speak HTTP; give Triton's HTTP port (8000 unless --triton-http-port says "
+            "otherwise), not the gRPC port"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ServerUnreachableError(f"no lorax-triton server answers at {url}: {reason}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -119,3 +120,21 @@ def test_tables_leave_no_fact_unknown() -> None:
     assert "?" not in "".join(value for _, value in info_rows(asdict(INFO)))
     assert dict(info_rows(asdict(INFO)))["CUDA graphs"] == "batch sizes 1, 2, 4"
     assert dict(stats_rows(asdict(EngineStats())))["tokens"] == "0 prompt; 0 generated"
+
+
+def test_a_port_that_does_not_speak_http_is_named_as_such() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_as_grpc_does() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\x04\x00\x3f\xff\xff\r\n\r\n")
+
+        thread = threading.Thread(target=answer_as_grpc_does)
+        thread.start()
+        try:
+            with pytest.raises(ServerUnreachableError, match="does not speak HTTP; give Triton's HTTP port"):
+                ask(f"127.0.0.1:{listener.getsockname()[1]}", "info")
+        finally:
+            thread.join(10)
