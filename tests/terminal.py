@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import select
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 WAIT_S = 20.0
+# Only a controlling terminal turns Ctrl-C into a signal: the first that the leader of a session opens becomes it.
+_PROGRAM = """
+import os, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))
+from lorax_backend.cli.main import main
+sys.exit(main())
+"""
 
 
 class Terminal:
@@ -23,14 +28,12 @@ class Terminal:
     def __init__(self, arguments: Sequence[str]) -> None:
         self._keyboard, terminal = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lorax_backend.cli", *arguments],
+            [sys.executable, "-c", _PROGRAM, *arguments],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
             env=os.environ | {"TERM": "dumb"},
             start_new_session=True,
-            # Only a controlling terminal turns Ctrl-C into a signal.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(terminal)
         self.screen = ""

@@ -94,10 +94,10 @@ def progress_of(answer: Answer, adapters: Iterable[AdapterInfo], tier: str) -> A
         and all(row.get(key) == answer.get(key) for key in ("id", "source", "revision"))
     ]
     for row in same:
-        if row.get("error"):
-            raise parse_error(
-                424, {"error": row["error"], "error_type": row.get("error_type", "adapter_error")}
-            )
+        # A command forgets the adapter's last error when it starts, so one that is there now is of this command.
+        reason = row.get("error") or row.get("last_error")
+        if reason:
+            raise parse_error(424, {"error": reason, "error_type": row.get("error_type", "adapter_error")})
     if any(row.get("status") in _ON_THE_WAY for row in same):
         return answer
     if not same:

@@ -100,8 +100,15 @@ class AdapterControl:
         rows = [record.describe(now) for record in sorted(records, key=lambda record: str(record.ref))]
         known = {(row["source"], row["id"]) for row in rows}
         for ref, error in self._errors.items():
+            failure = {"last_error": error.message, "error_type": error.error_type}
             if (ref.source, ref.id) not in known:
-                rows.append(_absent_row(ref.source, ref.id, ref.revision, "failed", error=error.message))
+                row = _absent_row(ref.source, ref.id, ref.revision, "failed", error=error.message)
+                rows.append(row | failure)
+                continue
+            # The adapter is here all the same: its reload failed, or it was had another time.
+            for row in rows:
+                if (row["source"], row["id"], row["revision"]) == (ref.source, ref.id, ref.revision):
+                    row |= failure
         entries = self._parts.disk.entries() if self._parts.disk is not None else []
         for entry in entries[:_MAX_DISK_LISTED]:
             if (entry["source"], entry["id"]) not in known:

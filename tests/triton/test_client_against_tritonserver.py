@@ -20,7 +20,10 @@ from lorax_triton import (
     MergedAdapters,
     NotFoundError,
     RequestCancelledError,
+    Response,
+    Token,
     TokenStream,
+    UnauthorizedError,
     UnsupportedError,
     ValidationError,
 )
@@ -107,18 +110,82 @@ def test_every_refusal_has_the_exception_of_its_kind_and_names_the_field(
             one.generate(PROMPT, "/no/such/adapter")
         with pytest.raises(ValidationError, match="max_total_tokens"):
             one.generate(PROMPT, max_new_tokens=10**6)
-    with pytest.raises(UnsupportedError, match="watermark"):
-        client.generate(PROMPT, watermark=True)
-    with pytest.raises(UnsupportedError, match="best_of"):
-        client.generate(PROMPT, best_of=2, do_sample=True)
-    with pytest.raises(UnsupportedError, match="typical_p"):
-        list(client.generate_stream(PROMPT, typical_p=0.5))
     with pytest.raises(UnsupportedError, match="response_format"):
         client.generate(PROMPT, response_format={"type": "json_object", "schema": {"type": "object"}})
     with pytest.raises(UnsupportedError, match="merged_adapters"):
         client.generate(PROMPT, merged_adapters=MergedAdapters(tiny_adapters[:2]))
-    with pytest.raises(UnsupportedError, match="decoder_input_details"):
-        client.generate(PROMPT, decoder_input_details=True)
+    for ask in (client.embed, client.classify):
+        with pytest.raises(UnsupportedError, match="is served to generate text"):
+            ask(PROMPT)
+    with pytest.raises(UnauthorizedError, match="administrator"):
+        client.adapters.unload(tiny_adapters[0])
+
+
+def test_the_likeliest_of_several_answers_comes_with_the_others(client: Client) -> None:
+    got = client.generate(PROMPT, best_of=2, temperature=1.0, max_new_tokens=6, ignore_eos_token=True)
+    assert got.details is not None
+    assert got.details.best_of_sequences is not None
+    (other,) = got.details.best_of_sequences
+    assert other.generated_tokens == len(other.tokens) == got.details.generated_tokens == 6
+
+    def score(tokens: list[Token]) -> float:
+        return sum(token.logprob or 0.0 for token in tokens)
+
+    assert score(got.details.tokens) >= score(other.tokens)
+    again = client.generate(PROMPT, seed=other.seed, temperature=1.0, max_new_tokens=6, ignore_eos_token=True)
+    assert again.generated_text == other.generated_text
+
+
+def test_the_prompts_own_tokens_come_with_their_log_probabilities(client: Client) -> None:
+    got = client.generate(PROMPT, decoder_input_details=True, max_new_tokens=1)
+    assert got.details is not None
+    prefill = got.details.prefill
+    assert len(prefill) == got.details.prompt_tokens
+    assert prefill[0].logprob is None
+    assert all(token.logprob is not None and token.logprob <= 0 for token in prefill[1:])
+    assert "".join(token.text for token in prefill).endswith(PROMPT)
+
+
+def test_a_batch_over_many_adapters_gives_what_each_prompt_gets_alone(
+    client: Client, tiny_adapters: list[str]
+) -> None:
+    adapters = [None, *tiny_adapters, "/no/such/adapter"] * 5
+    seen: list[int] = []
+    answers = client.generate_batch(
+        [PROMPT] * len(adapters),
+        adapters,
+        concurrency=8,
+        max_new_tokens=8,
+        progress=lambda done, total: seen.append(done),
+    )
+    for adapter, answer in zip(adapters, answers, strict=True):
+        if adapter == "/no/such/adapter":
+            assert isinstance(answer, AdapterNotFoundError)
+        else:
+            assert isinstance(answer, Response)
+            assert answer.generated_text == client.generate(PROMPT, adapter, max_new_tokens=8).generated_text
+    assert seen == list(range(1, len(adapters) + 1))
+
+
+def test_metrics_come_from_the_servers_metrics_port(server: TritonServer, client: Client) -> None:
+    client.generate(PROMPT, max_new_tokens=1)
+    with Client(server.grpc_address, metrics_url=server.metrics_address) as asked:
+        text = asked.metrics()
+        found = asked.metrics("json")
+    assert isinstance(text, str)
+    assert "lorax_request_count" in text
+    assert isinstance(found, dict)
+    assert found["nv_inference_request_success"]["type"] == "counter"
+    models = [sample["labels"]["model"] for sample in found["nv_inference_request_success"]["samples"]]
+    assert "lorax" in models
+
+
+def test_a_text_is_told_in_tokens(client: Client) -> None:
+    tokens = client.tokenize(PROMPT, add_special_tokens=False)
+    assert "".join(PROMPT[token["start"] : token["stop"]] for token in tokens) == PROMPT
+    answer = client.generate(input_ids=[token["id"] for token in tokens], max_new_tokens=1)
+    assert answer.details is not None
+    assert answer.details.prompt_tokens == len(tokens)
 
 
 def test_an_adapter_of_another_shape_is_incompatible(client: Client, adapters_path) -> None:

@@ -8,7 +8,6 @@ request.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import pytest
 from triton_calls import TritonCaller
 
 from lorax_backend.server.launch import TritonServer
-from lorax_triton import AsyncClient, Client, LoraxError, TokenStream
+from lorax_triton import AsyncClient, Client, TokenStream
 
 pytestmark = pytest.mark.triton
 
@@ -75,7 +74,9 @@ def leave_from_threads(address: str, count: int, threads: int) -> None:
 
         def work(thread: int) -> None:
             for number in range(thread, count, threads):
-                leave(client.generate_stream(PROMPT, max_new_tokens=2, ignore_eos_token=True), number // threads)
+                leave(
+                    client.generate_stream(PROMPT, max_new_tokens=2, ignore_eos_token=True), number // threads
+                )
 
         workers = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
         for worker in workers:

@@ -146,7 +146,8 @@ def test_control_c_stops_the_answer_and_not_the_chat(start: Callable[..., Model]
         assert model.chats[0].over.wait(WAIT_S)
         assert model.chats[0].cancelled
         terminal.expect("base> ")
-        terminal.type("half a line\x03")
+        # Python may see a Ctrl-C at its prompt only with the next key.
+        terminal.type("half a line\x03\n")
         terminal.expect("/quit or Ctrl-D leaves")
         terminal.expect("base> ")
         terminal.type("go on\n")
