@@ -25,6 +25,13 @@ _running: list[TritonServer] = []
 _gateway_log: list[str] = []
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever talks to a server starts a real one."""
+    for item in items:
+        if "start_ways" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.triton)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Show the logs with a failure, and only then."""

@@ -201,7 +201,7 @@ def test_c50_models_are_the_base_the_adapters_met_and_the_aliases(
 ) -> None:
     answer(client, model=adapter)
     models = {model.id: model for model in client.models.list()}
-    assert list(models)[0] == tiny_model
+    assert next(iter(models)) == tiny_model
     assert models[adapter].model_extra is not None
     assert models[adapter].model_extra["parent"] == tiny_model
     assert models[adapter].model_extra["rank"] == 8
