@@ -26,10 +26,11 @@ ACTIONS: Mapping[str, tuple[str, bool]] = {
 
 
 async def list_adapters(request: Request) -> Response:
-    """GET /adapters: what is known of every adapter: tier, status, users."""
+    """GET /adapters: what is known of every adapter (tier, status, users), and names that stand for some."""
     state = state_of(request)
     require_user(request, state.config)
-    return JSONResponse({"adapters": await state.adapters()})
+    aliases = await state.pool.control("aliases", {})
+    return JSONResponse({"adapters": await state.adapters(), "aliases": aliases.get("aliases", {})})
 
 
 async def adapter_action(request: Request) -> Response:
@@ -58,27 +59,12 @@ async def load_lora_adapter(request: Request) -> Response:
 
 
 async def unload_lora_adapter(request: Request) -> Response:
-    """POST /v1/unload_lora_adapter: forget the name, and unload the adapter."""
+    """POST /v1/unload_lora_adapter: unload the adapter behind a name, and forget the name."""
     state, body, key = await _read(request, UnloadLoraAdapterBody)
     name = body["lora_name"]
-    known = await state.pool.control("aliases", {})
-    target = _alias_target(known.get("aliases") or {}, name)
-    await state.pool.control_all("adapter_unload", target | key)
-    if target.get("adapter_id") != name:
-        await state.pool.control_all("alias_delete", {"alias": name, **key})
+    await state.pool.control_all("adapter_unload", {"adapter_id": name, **key})
+    await state.pool.control_all("alias_delete", {"alias": name, **key})
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
-
-
-def _alias_target(aliases: Any, name: str) -> dict[str, Any]:
-    """The adapter behind an alias; the name itself if it is none."""
-    entry = aliases.get(name) if isinstance(aliases, dict) else None
-    if isinstance(entry, str):
-        return {"adapter_id": entry}
-    if isinstance(entry, dict) and entry.get("adapter_id"):
-        return {
-            field: entry[field] for field in ("adapter_id", "adapter_source", "revision") if entry.get(field)
-        }
-    return {"adapter_id": name}
 
 
 async def _read(

@@ -19,6 +19,8 @@ _NOT_IN_JSON = frozenset(
     {"adapter_id", "adapter_source", "api_token", "details", "stream", "inputs", "text_input", "prompt", "messages",
      "input_ids", "prompt_token_ids", "return_tokens", "return_details", "streaming"}
 )  # fmt: skip
+# Several answers to one request have no place in LoRAX's bodies.
+_NOT_HERE = frozenset({"n", "num_return_sequences", "beam_width"})
 _DETAILS = ("finish_reason", "prompt_tokens", "generated_tokens", "skipped_tokens", "seed")
 _STREAM_DETAILS = ("finish_reason", "prompt_tokens", "generated_tokens", "seed")
 
@@ -52,7 +54,11 @@ class Generation:
     @property
     def ignored(self) -> list[str]:
         """Parameters that no version of the engine knows; LoRAX ignores such, and so do we, but say so."""
-        return sorted(name for name in self.parameters if name not in BY_NAME and name not in _NOT_IN_JSON)
+        return sorted(
+            name
+            for name in self.parameters
+            if name in _NOT_HERE or (name not in BY_NAME and name not in _NOT_IN_JSON)
+        )
 
     def check(self) -> None:
         """Refuse what this gateway can see is wrong.
@@ -90,7 +96,7 @@ class Generation:
         sampling = {
             name: value
             for name, value in self.parameters.items()
-            if value is not None and name not in _NOT_IN_JSON and name in BY_NAME
+            if value is not None and name in BY_NAME and name not in _NOT_IN_JSON | _NOT_HERE
         }
         if sampling:
             values["sampling_parameters"] = _text(json.dumps(sampling))

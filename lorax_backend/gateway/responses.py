@@ -95,6 +95,7 @@ class TokenPlace(BaseModel):
 
 
 class AdapterList(BaseModel):
-    """The adapters that the servers know."""
+    """The adapters that the servers know, and the names that stand for some of them."""
 
     adapters: list[dict[str, Any]]
+    aliases: dict[str, Any]
