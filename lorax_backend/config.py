@@ -55,6 +55,16 @@ class ServerConfig:
     chunked_prefill: bool = _option(True, "split long prompts over steps and mix them with decoding")
     prefix_caching: bool = _option(True, "reuse KV blocks of equal prompt prefixes of the same adapter")
     max_active_adapters: int = _option(128, "adapters that can be on the device at once")
+    adapter_cycle_time_s: float = _option(
+        2.0, "seconds an adapter keeps its room on the device while others wait for room"
+    )
+    max_running_per_adapter: int = _option(0, "sequences of one adapter that run at once; 0: no cap")
+    max_queued_per_adapter: int = _option(
+        0, "sequences that may wait for one adapter before more are refused; 0: no cap"
+    )
+    adapter_weights: str = _option(
+        "", 'JSON object, adapter id -> share of the engine, such as {"org/a": 2}; others and __base_model__ have 1'
+    )
     max_lora_rank: int = _option(64, "largest adapter rank accepted")
     adapter_pages: int = _option(0, "pages of rank 8 in the device arena; 0: 64 on CPU, from memory on CUDA")
     adapter_memory_fraction: float = _option(0.1, "share of GPU memory for adapters when adapter_pages is 0")

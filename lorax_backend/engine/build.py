@@ -17,7 +17,7 @@ from lorax_backend.engine.core import EngineCore, EngineSettings
 from lorax_backend.engine.loop import InProcessEngine
 from lorax_backend.engine.process import ProcessEngine
 from lorax_backend.engine.protocols import EngineClient
-from lorax_backend.scheduler.settings import SchedulerSettings
+from lorax_backend.scheduler.settings import SchedulerSettings, parse_weights
 
 _NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/dxg")
 
@@ -40,6 +40,7 @@ def build_engine(config: ServerConfig, model_path: Path, progress: Callable[[str
     from lorax_backend.model.runner import TorchModelRunner
 
     started = time.monotonic()
+    weights = parse_weights(config.adapter_weights)
     runner = TorchModelRunner(config, model_path, progress)
     try:
         targets = lora_targets(runner.model_config)
@@ -57,6 +58,10 @@ def build_engine(config: ServerConfig, model_path: Path, progress: Callable[[str
         max_total_tokens=limits.max_total_tokens,
         chunked_prefill=config.chunked_prefill,
         prefix_caching=config.prefix_caching,
+        adapter_cycle_time_s=config.adapter_cycle_time_s,
+        max_running_per_adapter=config.max_running_per_adapter,
+        max_queued_per_adapter=config.max_queued_per_adapter,
+        adapter_weights=weights,
     )
     overlaps = config.overlap and runner.device.type == "cuda"
     settings = EngineSettings(scheduler, 2 if overlaps else 1, vocab_size=runner.model_config.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -102,3 +103,23 @@ class SchedulerSettings:
                 f"{asked} need {needed} KV blocks of {self.block_size} tokens, but this server has {self.num_blocks}; "
                 "shorten the prompt, lower max_new_tokens, or give the server more KV memory"
             )
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """The option `adapter_weights`: a JSON object of numbers, or nothing.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if not text.strip():
+        return {}
+    try:
+        weights = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"adapter_weights: not JSON ({error})") from None
+    if not isinstance(weights, dict):
+        raise ValueError(f"adapter_weights: expected a JSON object of numbers, not {text}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"adapter_weights: {name!r} has {weight!r}, which is not a number")
+    return {name: float(weight) for name, weight in weights.items()}
