@@ -14,7 +14,7 @@ from triton_calls import TritonCaller
 
 from lorax_backend.cli.main import main
 from lorax_backend.server.launch import TritonServer
-from lorax_triton import AdapterNotFoundError, Client, UnauthorizedError
+from lorax_triton import AdapterNotFoundError, Client, OverloadedError, UnauthorizedError
 
 pytestmark = pytest.mark.triton
 
@@ -115,3 +115,17 @@ def test_the_command_line_does_the_same(
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "4 tokens, first after" in done.stderr
+
+
+def test_a_request_that_waits_too_long_in_the_queue_is_refused_as_overloaded(
+    start_tiny: Callable[..., tuple[TritonServer, TritonCaller]],
+) -> None:
+    server, _ = start_tiny(max_batch_size="1", engine_process="false")
+    with (
+        Client(server.grpc_address, timeout=60) as client,
+        client.generate_stream(PROMPT, max_new_tokens=4000, ignore_eos_token=True) as running,
+    ):
+        next(running)
+        with pytest.raises(OverloadedError, match="queue"):
+            client.generate(PROMPT, max_new_tokens=1, queue_timeout=0.2)
+        next(running)
