@@ -122,8 +122,10 @@ class AdapterControl:
         for operation in list(self._operations.values()):
             record = operation.record
             on_disk = record.status not in (AdapterStatus.FETCHING, AdapterStatus.FAILED)
-            if record.replaces is not None:
-                done = self._replace(record)
+            if record.replaces is not None and self._replace(record):
+                done = True
+            elif record.replaces is not None:
+                done = False
             elif operation.tier == "disk":
                 done = on_disk
             elif operation.tier == "host" or not record.is_loaded:

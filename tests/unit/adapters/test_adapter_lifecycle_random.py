@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from fakes_adapters import Bench, FakeAdapter
+from fakes_adapters import Bench, FakeAdapter, ref
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lorax_backend.errors import AdapterDownloadError, AdapterIncompatibleError
+from lorax_backend.errors import AdapterDownloadError, AdapterIncompatibleError, ValidationError
+from lorax_backend.types import AdapterRef
 
 NAMES = ["a", "b", "c", "d", "private", "wide", "missing"]
 ERRORS = [AdapterIncompatibleError, AdapterDownloadError, OSError]
+COMMANDS = ["preload", "pin", "unpin", "unload", "reload", "purge"]
 TOKENS = [None, "alice", "mallory"]
 
 
@@ -29,10 +32,33 @@ class AdapterMachine(RuleBasedStateMachine):
         self.waiting: dict[int, tuple[str, str | None]] = {}
         self.running: dict[int, tuple[str, str | None, int]] = {}
         self.ended: set[int] = set()
+        self.refs: dict[int, AdapterRef] = {}
+        self.numbers: dict[int, float] = {}  # of the weights a request has begun with
 
     @rule(name=st.sampled_from(NAMES), token=st.sampled_from(TOKENS))
     def acquire(self, name: str, token: str | None) -> None:
-        self.waiting[self.bench.acquire(name, token)] = (name, token)
+        current = self.bench.adapters.resolve(ref(name))
+        handle = self.bench.acquire(name, token)
+        self.refs[handle] = current
+        self.waiting[handle] = (name, token)
+
+    @rule(name=st.sampled_from(NAMES), verb=st.sampled_from(COMMANDS))
+    def command(self, name: str, verb: str) -> None:
+        arguments = {"adapter_id": name, "adapter_source": "fake"}
+        if verb in ("preload", "reload"):
+            arguments["api_token"] = "alice"
+        with contextlib.suppress(ValidationError):  # no room for another pin
+            self.bench.adapters.control(f"adapter_{verb}", arguments)
+
+    @rule(name=st.sampled_from(NAMES[:6]))
+    def retrain(self, name: str) -> None:
+        self.next_number = getattr(self, "next_number", 100.0) + 1.0
+        self.bench.source.adapters[name].number = self.next_number
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def prefetch(self) -> None:
+        self.bench.adapters.prefetch([self.refs[handle] for handle in sorted(self.waiting)[:3]])
 
     @precondition(lambda self: self.bench.loader.jobs)
     @rule(data=st.data())
@@ -76,20 +102,22 @@ class AdapterMachine(RuleBasedStateMachine):
     def run(self, data: st.DataObject) -> None:
         handle = data.draw(st.sampled_from(sorted(self.waiting)))
         name, token = self.waiting[handle]
-        if not self.bench.is_loaded(name):
+        if not self.bench.adapters.is_ready(handle, self.refs[handle]):
             return
         assert name != "private" or token == "alice", "nobody else gets this far"
-        slot = self.bench.activate(name)
+        slot = self.bench.adapters.activate(self.refs[handle])
         if slot is not None:
             del self.waiting[handle]
             self.running[handle] = (name, token, slot)
+            (number,) = self.bench.content(slot)
+            assert number == self.numbers.setdefault(handle, number), "the weights it began with"
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), over=st.booleans())
     def stop(self, data: st.DataObject, over: bool) -> None:
         handle = data.draw(st.sampled_from(sorted(self.running)))
         name, token, _ = self.running.pop(handle)
-        self.bench.deactivate(name)
+        self.bench.adapters.deactivate(self.refs[handle])
         if over:
             self.bench.adapters.release(handle)
         else:
@@ -117,33 +145,49 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @invariant()
     def adapters_in_use_stay_where_they_are(self) -> None:
-        for name, _, slot in getattr(self, "running", {}).values():
-            assert self.bench.content(slot) == {self.bench.source.adapters[name].number}
-        owners = {slot: name for name, _, slot in getattr(self, "running", {}).values()}
+        for handle, (_, _, slot) in getattr(self, "running", {}).items():
+            assert self.bench.content(slot) == {self.numbers[handle]}
+        owners = {slot: self.refs[handle] for handle, (_, _, slot) in getattr(self, "running", {}).items()}
         assert len(owners) == len(set(owners.values()))
+
+    @invariant()
+    def pins_leave_room(self) -> None:
+        if hasattr(self, "bench"):
+            stats = self.bench.adapters.stats()
+            assert stats["pages_pinned"] <= stats["pages_total"]
 
     def teardown(self) -> None:
         """The engine goes on: in the end every request has run or was told why not."""
         if not hasattr(self, "bench"):
             return
         for handle in list(self.running):
-            name, _, _ = self.running.pop(handle)
-            self.bench.deactivate(name)
+            self.running.pop(handle)
+            self.bench.adapters.deactivate(self.refs[handle])
             self.bench.adapters.release(handle)
+        for name in NAMES:  # what is pinned may leave too little room for the widest
+            self.bench.adapters.control("adapter_unpin", {"adapter_id": name, "adapter_source": "fake"})
         for _ in range(200):
             if not self.waiting and not self.bench.loader.jobs:
                 break
             self.poll()
             for job in list(self.bench.loader.jobs):
                 self.bench.loader.run(job)
-            for handle, (name, _) in list(self.waiting.items()):
-                if self.bench.is_loaded(name) and self.bench.activate(name) is not None:
+            for handle in list(self.waiting):
+                key = self.refs[handle]
+                if (
+                    self.bench.adapters.is_ready(handle, key)
+                    and self.bench.adapters.activate(key) is not None
+                ):
                     del self.waiting[handle]
-                    self.bench.deactivate(name)
+                    self.bench.adapters.deactivate(key)
                     self.bench.adapters.release(handle)
         self.poll()
         assert not self.waiting, "a request was forgotten"
+        self.bench.settle()
         assert self.bench.adapters.stats()["loading"] == 0
+        assert not any(entry["retired"] for entry in self.bench.adapters.describe()), (
+            "old weights outlive their use"
+        )
         self.bench.check()
 
 
