@@ -6,14 +6,10 @@ elsewhere. Layout of the adapter pages: `layout`. What a step's kernels are told
 
 from lorax_kernels.dispatch import (
     add_lora,
-    bgmv_expand,
-    bgmv_shrink,
     lora_linear,
     paged_attention,
     rms_norm,
     rope_and_cache,
-    sgmv_expand,
-    sgmv_shrink,
     silu_mul,
     write_kv,
 )
@@ -30,15 +26,11 @@ __all__ = [
     "PageLayout",
     "WorkBuffer",
     "add_lora",
-    "bgmv_expand",
-    "bgmv_shrink",
     "lora_linear",
     "paged_attention",
     "pages_for_rank",
     "rms_norm",
     "rope_and_cache",
-    "sgmv_expand",
-    "sgmv_shrink",
     "silu_mul",
     "write_kv",
 ]

@@ -63,30 +63,6 @@ def lora_linear(
     return out
 
 
-def bgmv_shrink(x: torch.Tensor, a: torch.Tensor, batch: LoraBatch) -> torch.Tensor:
-    """x [T, in] times A of each row's adapter: [R, max_pages, S, 8], row i for token row `batch.rows[i]`."""
-    return reference.bgmv_shrink(x, a, batch)
-
-
-def bgmv_expand(
-    h: torch.Tensor, b: torch.Tensor, batch: LoraBatch, out: torch.Tensor, out_slices: tuple[int, ...]
-) -> None:
-    """Add h [R, max_pages, S, 8] times B of each row's adapter to the rows of out [T, out]."""
-    reference.bgmv_expand(h, b, batch, out, out_slices)
-
-
-def sgmv_shrink(x: torch.Tensor, a: torch.Tensor, batch: LoraBatch) -> torch.Tensor:
-    """Like `bgmv_shrink`, for batches with many rows an adapter."""
-    return reference.sgmv_shrink(x, a, batch)
-
-
-def sgmv_expand(
-    h: torch.Tensor, b: torch.Tensor, batch: LoraBatch, out: torch.Tensor, out_slices: tuple[int, ...]
-) -> None:
-    """Like `bgmv_expand`, for batches with many rows an adapter."""
-    reference.sgmv_expand(h, b, batch, out, out_slices)
-
-
 def write_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:

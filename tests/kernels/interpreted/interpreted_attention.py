@@ -24,7 +24,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 1, 20, 150])
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("name", list(BATCHES))
 def test_attention_sees_exactly_its_own_past(name: str, window: int | None) -> None:
     case = make_attention_case(*BATCHES[name], seed=len(name))
@@ -34,8 +34,11 @@ def test_attention_sees_exactly_its_own_past(name: str, window: int | None) -> N
     torch.testing.assert_close(got.double(), expected_attention(case, window), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1), (32, 1)], ids=str)
-@pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize(
+    ("heads", "dim"),
+    [((4, 4), 32), ((9, 3), 64), ((8, 1), 80), ((32, 1), 128), ((4, 2), 256), ((3, 3), 96)],
+    ids=str,
+)
 def test_any_grouping_of_heads_and_width(heads: tuple[int, int], dim: int) -> None:
     case = make_attention_case((1, 1, 9), (140, 30, 29), heads=heads, head_dim=dim)
     got = attention_triton.paged_attention(case.q, case.k_cache, case.v_cache, case.batch(), case.scale)

@@ -16,7 +16,7 @@ from lorax_kernels import fused_reference, fused_triton
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("width", [1, 48, 576, 1024])
+@pytest.mark.parametrize("width", [1, 576])
 def test_rms_norm_with_and_without_residual(width: int, dtype: torch.dtype) -> None:
     x, residual, weight = (torch.randn(n, width).to(dtype) for n in (3, 3, 1))
     for given in (None, residual):
@@ -25,15 +25,14 @@ def test_rms_norm_with_and_without_residual(width: int, dtype: torch.dtype) -> N
         torch.testing.assert_close(got, want, atol=2e-3 if dtype == torch.float16 else 1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("width", [8, 100, 1536])
+@pytest.mark.parametrize("width", [100, 1536])
 def test_silu_mul(width: int) -> None:
     x = torch.randn(3, 2 * width)
     torch.testing.assert_close(fused_triton.silu_mul(x), fused_reference.silu_mul(x))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("dim", [32, 64, 80])
-@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1)], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [((4, 4), 32), ((9, 3), 64), ((8, 1), 80)], ids=str)
 def test_rope_and_cache(heads: tuple[int, int], dim: int, qk_norm: bool) -> None:
     case = make_rope_case(heads, dim, qk_norm)
     want = case.run(fused_reference.rope_and_cache)

@@ -18,7 +18,7 @@ from lorax_kernels import LoraBatch, WorkBuffer, lora_triton
 from lorax_kernels.tuning import LoraConfig
 
 SMALL = LoraConfig(block_k=32, split_shift=2, row_n=64, block_n=32, prefill_block_k=32, prefill_block_n=32)
-RANKS = [(1,), (3, 8), (12, 16, 64), (8, 8, 8, 8), (96, 256, 5)]
+RANKS = [(1,), (12, 16, 64), (96, 256, 5)]
 
 
 def run(case: LoraCase, config: LoraConfig = SMALL) -> torch.Tensor:
@@ -31,6 +31,15 @@ def run(case: LoraCase, config: LoraConfig = SMALL) -> torch.Tensor:
     h = lora_triton.shrink(case.x, case.a, batch.work, config)
     lora_triton.expand(h, case.b, batch.work, got, case.out_slices)
     return got
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_intermediates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shrink leaves unwritten is NaN, so that an expand that reads it shows."""
+    plain = lora_triton.allocate_planes
+    monkeypatch.setattr(
+        lora_triton, "allocate_planes", lambda *arguments: plain(*arguments).fill_(float("nan"))
+    )
 
 
 def check(case: LoraCase, got: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -48,7 +57,7 @@ def test_decode(popularity: str, ranks: tuple[int, ...]) -> None:
     check(case, run(case))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33])
+@pytest.mark.parametrize("tokens", [1, 2, 17, 33])
 def test_odd_batch_sizes(tokens: int) -> None:
     case = make_lora_case(
         tokens, (8, 24), seed=tokens, base_share=0.0, in_features=96, out_slices=(40, 24, 8)
@@ -56,7 +65,7 @@ def test_odd_batch_sizes(tokens: int) -> None:
     check(case, run(case))
 
 
-@pytest.mark.parametrize("in_features", [40, 64, 200])
+@pytest.mark.parametrize("in_features", [40, 200])
 @pytest.mark.parametrize("slices", [(33,), (64, 7), (8, 72, 8)], ids=str)
 @pytest.mark.parametrize("popularity", ["distinct", "identical"])
 def test_widths_that_are_no_multiple_of_a_block(
@@ -74,8 +83,8 @@ def test_any_number_of_splits_gives_the_same_delta(splits: int) -> None:
     check(case, run(case, replace(SMALL, split_shift=splits, shrink_waves=1 + splits)))
 
 
-@pytest.mark.parametrize("ranks", [(8,), (3, 64, 16), (20, 1, 5, 40)], ids=str)
-@pytest.mark.parametrize("popularity", ["segments", "identical", "uniform", "none_but_one"])
+@pytest.mark.parametrize("ranks", [(8,), (20, 1, 64, 5)], ids=str)
+@pytest.mark.parametrize("popularity", ["segments", "identical", "uniform"])
 def test_prefill(popularity: str, ranks: tuple[int, ...]) -> None:
     case = make_lora_case(290, ranks, popularity, out_slices=(40, 16, 16), seed=len(ranks))
     check(case, run(case))
