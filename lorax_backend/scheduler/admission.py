@@ -8,8 +8,10 @@ queue that has had its part goes behind the others in the same step. What is pas
   and adapters in use yield theirs (see rotation). It holds up nobody whose adapter has room.
 - An adapter that is not on the device yet goes behind others by at most `grouping` tokens: requests for adapters that
   run already are taken together, which makes steps cheaper and copies fewer.
-- While several adapters are about, the last eighth of rows and of blocks is kept from those that have more than their
-  share, unless they are overdue, so that a newcomer need not wait for a flood to drain.
+- While several adapters are about, a flood of one must not be felt by the others. None computes more than a quarter of
+  a step's tokens in prompts (256 at least), so steps stay short. The last eighth of rows and of blocks is kept from those that have
+  more than their share, unless they are overdue. And when no row is free all the same, an adapter with less than its
+  share takes one from an adapter that keeps its share without it (`to_reclaim`), as long as it needs no copy first.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ _MAX_WITHOUT_ROOM = 8  # adapters refused by the device in one step; it is not a
 _MAX_LOOKED_UP = 32  # adapters of which one step asks whether they are on the device
 _MAX_PREFETCHED = 4
 _HEADROOM = 8  # one part in this many of rows and blocks
+_PROMPT_PART = 4  # one part in this many of a step's tokens
+_MIN_PROMPT_PART = 256  # tokens; steps get no shorter by less
+_MAX_RECLAIMED = 4  # rows of one step
 
 
 @dataclass(slots=True)
 class _Step:
     """One step's admissions. `is_open` is False once nothing more may start, `room_is_open` False once no further
-    adapter may be taken into use; `passed` counts the sequences of a queue that were looked at in vain."""
+    adapter may be taken into use; `passed` counts the sequences of a queue that were looked at in vain, `computed` the
+    tokens of its prompts."""
 
     plan: StepPlan
     now: float
@@ -56,6 +62,7 @@ class _Step:
     present_weight: float | None = None
     blocks_used: Counter[AdapterQueue] | None = None
     passed: Counter[AdapterQueue] = field(default_factory=Counter)
+    computed: Counter[AdapterQueue] = field(default_factory=Counter)
 
 
 class Admission:
@@ -99,6 +106,37 @@ class Admission:
         if backlogged:
             self._prefetch()
 
+    def to_reclaim(self, now: float) -> list[Sequence]:
+        """Running sequences that give up their rows before this step, because others have a better right to them. At
+        most one for each sequence that can start instead; the first in serving order never."""
+        if self._rows.free or not self._queues.has_backlog:
+            return []
+        total, num_rows = self._queues.present_weight(now), self._rows.num_rows
+        entitled = (
+            queue
+            for queue in self._queues.candidates(now)
+            if (queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue)
+        )
+        missing = sum(1 for _ in islice(entitled, _MAX_RECLAIMED))
+        victims: list[Sequence] = []
+        taken: Counter[AdapterQueue] = Counter()
+        for seq in reversed(self._rows.sequences[1:] if missing else []):
+            queue = queue_of(seq)
+            if (queue.running - taken[queue] - 1) * total >= num_rows * queue.weight:
+                taken[queue] += 1
+                victims.append(seq)
+                if len(victims) == missing:
+                    break
+        return victims
+
+    def _could_start(self, queue: AdapterQueue) -> bool:
+        cap = self._settings.max_running_per_adapter
+        if not queue.ready or queue.ready[0].num_in_flight or self.rotation.is_closed(queue):
+            return False
+        if cap and queue.running >= cap:
+            return False
+        return queue.ref is None or queue.running > 0 or self._adapters.is_on_device(queue.ref)
+
     def _serve(self, step: _Step, queues: Iterable[AdapterQueue]) -> None:
         heap = [(self._order(queue, step.now), queue) for queue in queues]
         heapq.heapify(heap)
@@ -133,12 +171,16 @@ class Admission:
                 continue
             if not step.is_open:
                 return
+            if self._allowance(queue, step) == 0:
+                continue
             if not self._admit(queue, step) and self.rotation.has_overdue_claim(step.now):
                 step.room_is_open = False
                 return
 
     def _serve_one(self, queue: AdapterQueue, step: _Step) -> bool:
         """Compute a chunk of a prompt under way, or admit one sequence; False if the queue can be given no more."""
+        if self._allowance(queue, step) == 0:
+            return False
         under_way = step.prefilling.get(queue)
         while under_way:
             seq = under_way.popleft()
@@ -235,10 +277,17 @@ class Admission:
         return now - queue.served_at > self._settings.fairness_bound_s
 
     def _exceeds_share(self, queue: AdapterQueue, used: int, total: int, step: _Step) -> bool:
+        if self._is_alone(queue, step):
+            return False
+        return used * self._present_weight(step) >= total * queue.weight
+
+    def _is_alone(self, queue: AdapterQueue, step: _Step) -> bool:
+        return self._present_weight(step) <= queue.weight
+
+    def _present_weight(self, step: _Step) -> float:
         if step.present_weight is None:
             step.present_weight = self._queues.present_weight(step.now)
-        alone = step.present_weight <= queue.weight
-        return not alone and used * step.present_weight >= total * queue.weight
+        return step.present_weight
 
     def _matched_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the prefix cache that `seq` may take up: none if every position of its prompt must be computed."""
@@ -281,8 +330,17 @@ class Admission:
 
     def _compute(self, seq: Sequence, step: _Step) -> None:
         queue = queue_of(seq)
-        queue.charge(seq, step.plan.add(seq))
+        count = step.plan.add(seq, self._allowance(queue, step))
+        queue.charge(seq, count)
         queue.served_at = step.now
+        step.computed[queue] += count
+
+    def _allowance(self, queue: AdapterQueue, step: _Step) -> int | None:
+        """Prompt tokens that the adapter may still compute in this step; None if nobody else is about."""
+        if not self._settings.chunked_prefill or self._is_alone(queue, step):
+            return None
+        part = max(_MIN_PROMPT_PART, self._settings.step_budget // _PROMPT_PART)
+        return max(0, part - step.computed[queue])
 
     def _prefetch(self) -> None:
         """Name the adapters that come next and are not on the device yet."""

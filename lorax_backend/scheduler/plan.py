@@ -25,10 +25,11 @@ class StepPlan:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def add(self, seq: Sequence) -> int:
-        """Compute as many of the sequence's missing tokens as the budget allows, at least one; how many."""
+    def add(self, seq: Sequence, at_most: int | None = None) -> int:
+        """Compute as many of the sequence's missing tokens as the budget and `at_most` allow, at least one; how
+        many."""
         start, end = seq.num_computed, seq.num_tokens
-        count = min(end - start, self.budget)
+        count = min(end - start, self.budget if at_most is None else min(self.budget, at_most))
         sample = start + count == end
         item = ScheduledSequence(seq, start, count, sample, end - seq.prompt_len if sample else 0)
         (self._decodes if sample and count == 1 else self._prefills).append(item)

@@ -122,6 +122,8 @@ class Scheduler:
         # While something runs, the adapters under way are looked at in turn; else the engine goes to sleep after this.
         limit = {} if self._running else {"at_most": None}
         self._waiting.promote(self._adapters.is_ready, now, **limit)
+        for seq in self._admission.to_reclaim(now):
+            self._preempt(seq)
         plan = StepPlan(self.settings.step_budget, prefill_first=self._admission.prefill_turn)
         self._admission.prefill_turn = False
         if plan.prefill_first:
