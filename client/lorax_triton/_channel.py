@@ -24,6 +24,8 @@ STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 READY_METHOD = "/inference.GRPCInferenceService/ModelReady"
 # Wait for the stream's own end, after the last response, before it is cancelled instead.
 END_TIMEOUT_S = 5.0
+# Wait of a client that closes for the ends of its finished streams.
+CLOSE_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S = 0.1
 
 

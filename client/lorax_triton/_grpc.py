@@ -11,7 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2
 
 from lorax_triton._channel import (
-    END_TIMEOUT_S,
+    CLOSE_TIMEOUT_S,
     READY_METHOD,
     STREAM_METHOD,
     ChannelConfig,
@@ -94,7 +94,7 @@ class GrpcTransport:
         """Close every channel; open streams are cancelled."""
         with self._lock:
             self._closed = True
-            self._ended.wait_for(lambda: not self._ending, END_TIMEOUT_S)
+            self._ended.wait_for(lambda: not self._ending, CLOSE_TIMEOUT_S)
             channels, self._channels = self._channels, set()
         for channel in channels:
             channel.grpc.close()

@@ -12,7 +12,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from lorax_triton._channel import (
-    END_TIMEOUT_S,
+    CLOSE_TIMEOUT_S,
     READY_METHOD,
     STREAM_METHOD,
     ChannelConfig,
@@ -104,7 +104,7 @@ class AsyncGrpcTransport:
         """Close every channel; open streams are cancelled."""
         self._closed = True
         if self._ending:
-            await asyncio.wait(self._ending.values(), timeout=END_TIMEOUT_S)
+            await asyncio.wait(self._ending.values(), timeout=CLOSE_TIMEOUT_S)
         channels, self._channels = self._channels, set()
         for channel in channels:
             await channel.grpc.close()
