@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from lorax_backend.errors import AdapterIncompatibleError, AdapterNotFoundError
 
 CONFIG_NAME = "adapter_config.json"
+# In which an adapter may bring its own chat template along.
+TEMPLATE_NAMES = ("chat_template.jinja", "tokenizer_config.json")
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lorax_backend.adapters.references import normalize_uri
 from lorax_backend.config import ServerConfig
 from lorax_backend.errors import UnsupportedError, ValidationError
 from lorax_backend.serving.given import Given, at
@@ -14,7 +15,6 @@ from lorax_backend.types import BASE_MODEL_ID, AdapterRef
 ADAPTER_SOURCES = ("hub", "local", "s3", "pbase")
 MERGE_STRATEGIES = ("linear", "ties", "dare_linear", "dare_ties")
 SIGN_METHODS = ("total", "frequency")
-_SCHEMES = {"hf": "hub", "s3": "s3", "file": "local"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ def default_adapter(config: ServerConfig) -> AdapterRef | None:
 def adapter_ref(
     adapter_id: str, source: str, revision: str | None, config: ServerConfig
 ) -> AdapterRef | None:
-    """Read an id, which may be `id@revision` (hub) or a URI (hf://, s3://, file://); None for the base model.
+    """Read an id, which may be `id@revision` (hub) or a URI (hf://, s3://, pbase://, file://), whose source wins.
+    None for the base model.
 
     `source` is empty for the server's default.
 
@@ -83,14 +84,8 @@ def adapter_ref(
         raise ValidationError(f"adapter_source: {shorten(source)} is not one of {', '.join(ADAPTER_SOURCES)}")
     if adapter_id in ("", BASE_MODEL_ID):
         return None
-    scheme, separator, rest = adapter_id.partition("://")
-    if separator and scheme.lower() in _SCHEMES:
-        meant = _SCHEMES[scheme.lower()]
-        if source and meant != name:
-            raise ValidationError(
-                f"adapter_id: {shorten(adapter_id)} is an address of source {meant}, but adapter_source is {name}"
-            )
-        name, adapter_id = meant, adapter_id if meant == "s3" else rest
+    ref = normalize_uri(AdapterRef(name, adapter_id))
+    name, adapter_id = ref.source, ref.id
     if name == "hub" and "@" in adapter_id:  # a folder's name may hold an @
         plain, given_revision = (part.strip() for part in adapter_id.rsplit("@", 1))
         if not plain or not given_revision:

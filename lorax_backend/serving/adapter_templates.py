@@ -73,7 +73,10 @@ class AdapterTemplates:
         if source is None:
             known = ", ".join(self._sources)
             raise ValidationError(f"adapter_source: {ref.source!r} is not known to this server, only {known}")
-        template = _read(source.fetch(ref, token).folder, self._special_tokens)
+        fetched = source.fetch(
+            ref, token
+        )  # referred to until its files have been read, or they might be removed
+        template = _read(fetched.folder, self._special_tokens)
         with self._lock:
             self._known[ref] = template
             while len(self._known) > _CAPACITY:

@@ -18,7 +18,7 @@ from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.hub_errors import is_disk_full, is_transient, retry_after, translate
 from lorax_backend.adapters.sources.retry import Retry
 from lorax_backend.adapters.sources.tokens import token_digest
-from lorax_backend.adapters.weight_files import CONFIG_NAME, choose_weight_names
+from lorax_backend.adapters.weight_files import CONFIG_NAME, TEMPLATE_NAMES, choose_weight_names
 from lorax_backend.errors import (
     AdapterDownloadError,
     AdapterNotFoundError,
@@ -155,6 +155,7 @@ class HubSource:
         if CONFIG_NAME not in known:
             raise AdapterNotFoundError(f"{ref} holds no {CONFIG_NAME} at the top, so it is no PEFT adapter")
         names = [CONFIG_NAME, *choose_weight_names(known, self.allow_pickle)]
+        names += [name for name in TEMPLATE_NAMES if name in known]
         total = sum(known[name] for name in names)
         if total > self.max_bytes:
             raise AdapterTooLargeError(

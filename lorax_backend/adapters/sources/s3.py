@@ -17,7 +17,7 @@ from lorax_backend.adapters.disk_cache import DiskCache
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.retry import Retry
 from lorax_backend.adapters.sources.s3_errors import ShortReadError, is_disk_full, is_transient, translate
-from lorax_backend.adapters.weight_files import CONFIG_NAME, choose_weight_names
+from lorax_backend.adapters.weight_files import CONFIG_NAME, TEMPLATE_NAMES, choose_weight_names
 from lorax_backend.errors import (
     AdapterNotFoundError,
     AdapterTooLargeError,
@@ -134,9 +134,9 @@ class S3Source:
             raise AdapterNotFoundError(
                 f"{ref} does not exist, holds no {CONFIG_NAME}, or the server may not read it"
             )
-        return [
-            found[name] for name in sorted([CONFIG_NAME, *choose_weight_names(found, self._allow_pickle)])
-        ]
+        names = [CONFIG_NAME, *choose_weight_names(found, self._allow_pickle)]
+        names += [name for name in TEMPLATE_NAMES if name in found]
+        return [found[name] for name in sorted(names)]
 
     def _check_size(self, ref: AdapterRef, found: list[_Object]) -> None:
         total = sum(item.size for item in found)

@@ -23,6 +23,7 @@ from lorax_backend.errors import (
     AdapterUnauthorizedError,
     ValidationError,
 )
+from lorax_backend.serving.adapter_templates import AdapterTemplates
 from lorax_backend.types import AdapterRef
 
 TOKEN = "hf_the-secret-of-the-owner"
@@ -278,3 +279,21 @@ def test_many_threads_fetching_one_adapter_get_the_same_files(
     assert len(found) == 6
     assert len(set(map(str, found))) == 1
     assert json.loads((found[0].folder / "adapter_config.json").read_bytes())["peft_type"] == "LORA"
+
+
+def test_a_chat_template_comes_along_and_is_found_there(
+    hub: HubServer, source: HubSource, files: dict[str, bytes]
+) -> None:
+    template = b'{"chat_template": "own: {{ messages[0].content }}"}'
+    hub.commit(REF.id, {**files, "tokenizer_config.json": template, "tokenizer.json": b"{}"})
+
+    templates = AdapterTemplates(lambda: {"hub": source}, {})
+    found = templates.get(REF, None)
+
+    assert found is not None
+    assert found.render([{"role": "user", "content": "hi"}]) == "own: hi"
+    assert hub.count("tokenizer.json") == 0
+    downloads = hub.count("tokenizer_config.json")
+    assert downloads > 0
+    source.fetch(REF, None)  # as the engine does afterwards
+    assert hub.count("tokenizer_config.json") == downloads

@@ -60,7 +60,8 @@ def test_g03_sources_are_known_in_any_case_and_others_refused_up_front(source: s
 )
 def test_g03_an_address_names_its_source(adapter_id: str, expected: AdapterRef) -> None:
     assert parse(adapter_id=adapter_id).adapter == expected
-    assert "adapter_source" in refusal(adapter_id=adapter_id, adapter_source="pbase")
+    assert parse(adapter_id=adapter_id, adapter_source="pbase").adapter == expected
+    assert "ftp://" in refusal(adapter_id="ftp://host/adapter")
 
 
 def test_g03_a_revision_may_stand_by_itself() -> None:
