@@ -35,6 +35,7 @@ _ARGUMENTS = {
     "adapter_purge": (*_TARGET, "all"),
     "adapter_list": (),
 }
+_NO_PINS = "pin: beside what is pinned on the {tier} already, it would leave no room for any other adapter"
 _MAX_ERRORS = 256
 _MAX_DISK_LISTED = 4096
 
@@ -46,6 +47,7 @@ class _Operation:
     handle: int
     record: AdapterRecord
     tier: str
+    pin: bool = False
 
 
 class AdapterControl:
@@ -121,6 +123,8 @@ class AdapterControl:
         """Move the commands under way on as far as they can go now."""
         for operation in list(self._operations.values()):
             record = operation.record
+            if operation.handle in record.unverified:
+                continue  # the token that came with the command may have no right
             on_disk = record.status not in (AdapterStatus.FETCHING, AdapterStatus.FAILED)
             if record.replaces is not None and self._replace(record):
                 done = True
@@ -133,6 +137,8 @@ class AdapterControl:
             else:
                 done = record.slot is not None or self._lifecycle.bring_in(record)
             if done:
+                if operation.pin:
+                    self._pin_now(record, operation.tier)
                 self._finish(operation.handle)
 
     def take_failures(self, failures: list[AdapterFailure]) -> None:
@@ -151,16 +157,14 @@ class AdapterControl:
             raise ValidationError("pin: must be true or false")
         if pin and tier == "disk":
             raise ValidationError("pin: an adapter can be pinned on the device or the host, not on disk")
-        if pin:
-            self._check_pins(ref, tier)
         record = self._loading.find(ref)
+        if pin and not self._may_pin(ref, 1 if record is None else record.num_pages, tier):
+            raise ValidationError(_NO_PINS.format(tier=tier))
         if record is not None and _is_at(record, tier):
             if pin:
                 record.pinned = tier
         else:
-            record = self._start(ref, arguments.get("api_token"), tier)
-            if record is not None and pin:
-                record.pinned = tier
+            self._start(ref, arguments.get("api_token"), tier, pin=pin)
             self.progress()
         return self._answer(ref, tier)
 
@@ -172,6 +176,8 @@ class AdapterControl:
         record = self._loading.find(ref)
         if record is not None:
             record.pinned = ""
+            for operation in self._operations.values():
+                operation.pin = operation.pin and operation.record is not record
             self._loading.room_changed()
         return self._answer(ref)
 
@@ -246,31 +252,43 @@ class AdapterControl:
             )
 
     def _start(
-        self, ref: AdapterRef, token: str | None, tier: str, replaces: AdapterRecord | None = None
-    ) -> AdapterRecord | None:
+        self,
+        ref: AdapterRef,
+        token: str | None,
+        tier: str,
+        pin: bool = False,
+        replaces: AdapterRecord | None = None,
+    ) -> None:
         self._errors.pop(replace(ref, generation=0), None)
         handle = next(self._handles)
         self._targets[handle] = replace(ref, generation=0)
         record = self._loading.acquire(handle, ref, token, replaces)
         if record is not None:
-            self._operations[handle] = _Operation(handle, record, tier)
-        return record
+            self._operations[handle] = _Operation(handle, record, tier, pin)
 
     def _finish(self, handle: int) -> None:
         self._operations.pop(handle, None)
         self._targets.pop(handle, None)
         self._lifecycle.release(handle)
 
-    def _check_pins(self, ref: AdapterRef, tier: str) -> None:
-        """Refuse a pin that would leave the device or the host without room for any other adapter."""
-        others = [r for r in self._loading.records.values() if r.pinned == tier and r.ref != ref]
-        record = self._loading.find(ref)
-        pages = sum(r.num_pages for r in others) + (record.num_pages if record is not None else 1)
-        total = self._parts.arena.num_pages if tier == "device" else self._parts.memory.num_pages
-        if pages >= total or (tier == "device" and len(others) + 1 >= self._parts.arena.max_slots):
-            raise ValidationError(
-                f"pin: {len(others)} adapters are pinned on the {tier}; one more would leave no room for any other"
-            )
+    def _may_pin(self, ref: AdapterRef, num_pages: int, tier: str, pending: bool = True) -> bool:
+        """False if this pin beside the others, and those under way, would leave no room for any other adapter."""
+        pinned = {r.ref: r.num_pages for r in self._loading.records.values() if r.pinned == tier}
+        for operation in self._operations.values():
+            if pending and operation.pin and operation.tier == tier:
+                pinned[operation.record.ref] = max(1, operation.record.num_pages)
+        pinned[ref] = max(1, num_pages)
+        if tier == "host":
+            return sum(pinned.values()) < self._parts.memory.num_pages
+        arena = self._parts.arena
+        return sum(pinned.values()) < arena.num_pages and len(pinned) < arena.max_slots
+
+    def _pin_now(self, record: AdapterRecord, tier: str) -> None:
+        """An adapter to be pinned has come; only now is its size known."""
+        if self._may_pin(record.ref, record.num_pages, tier, pending=False):
+            record.pinned = tier
+        else:
+            self._errors[replace(record.ref, generation=0)] = ValidationError(_NO_PINS.format(tier=tier))
 
     def _answer(self, ref: AdapterRef, tier: str = "") -> dict[str, Any]:
         record = self._loading.find(self._loading.references.resolve(ref))

@@ -67,10 +67,10 @@ class AdapterLifecycle:
         loading.take_in()
         for record in list(self._retired):
             self._settle(record)
-        self._control.progress()
-        loading.start_reads()
         failures = loading.take_failures()
         self._control.take_failures([failure for failure in failures if failure.handle < 0])
+        self._control.progress()
+        loading.start_reads()
         return [failure for failure in failures if failure.handle >= 0]
 
     def is_ready(self, handle: int, ref: AdapterRef) -> bool:

@@ -1,8 +1,9 @@
 """Threads that download and read adapters, so that the engine never waits for a disk or a network.
 
 Work is put in lanes, each with threads of its own: downloads, reads and permission checks do not hold each other up.
-Work that overruns its time is given up: its caller is told, another thread takes the place of the one that is stuck,
-and that one ends when its work does, however late. Standard library only.
+Nor does slow work in one lane: what takes longer than a few seconds no longer counts against the lane's threads, and
+another thread starts for those behind it. Work that overruns its time is given up: its caller is told, and its thread
+ends when the work does, however late. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, Protocol
 
 Done = Callable[[Any, Exception | None], None]
 
-_MAX_STUCK = 64  # threads given up in one lane, beyond which the lane waits for them
+_MAX_EXTRA = 64  # threads that are slow or given up in one lane, beyond which the lane waits for them
+_PATIENCE_S = 2.0
 
 
 class LoadTimeoutError(Exception):
@@ -34,6 +36,7 @@ class Ticket:
     timeout_s: float
     done: Done = field(repr=False)
     settled: bool = False
+    slow: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +46,7 @@ class _Lane:
     waiting: deque[Ticket] = field(default_factory=deque)
     idle: int = 0
     threads: int = 0
-    stuck: int = 0
+    extra: int = 0  # of them, those whose work is slow or was given up
     ready: threading.Condition = field(default_factory=threading.Condition)
 
 
@@ -60,13 +63,15 @@ class Loader(Protocol):
 class AdapterLoader:
     """Runs work on daemon threads, which start when first needed. All methods may be called from any thread."""
 
-    def __init__(self, lanes: Mapping[str, int]) -> None:
-        """`lanes` gives the number of threads of each lane."""
+    def __init__(self, lanes: Mapping[str, int], patience_s: float = _PATIENCE_S) -> None:
+        """`lanes` gives the number of threads of each lane, `patience_s` the time after which work counts as slow."""
+        self._patience_s = patience_s
         self._lock = threading.Lock()
         self._lanes = {
             name: _Lane(name, count, ready=threading.Condition(self._lock)) for name, count in lanes.items()
         }
-        self._deadlines: list[tuple[float, int, Ticket]] = []
+        # time, a number that settles ties, the work, and whether it is to be given up then or only called slow
+        self._deadlines: list[tuple[float, int, Ticket, bool]] = []
         self._deadline_added = threading.Condition(self._lock)
         self._numbers = itertools.count()
         self._watchdog: threading.Thread | None = None
@@ -109,8 +114,8 @@ class AdapterLoader:
             self._deadline_added.notify_all()
 
     def _ensure_threads(self, lane: _Lane) -> None:
-        alive = lane.threads - lane.stuck
-        if len(lane.waiting) > lane.idle and alive < lane.max_threads and lane.stuck <= _MAX_STUCK:
+        counted = lane.threads - lane.extra
+        if len(lane.waiting) > lane.idle and counted < lane.max_threads and lane.extra <= _MAX_EXTRA:
             lane.threads += 1
             threading.Thread(
                 target=self._run_lane, args=(lane,), name=f"adapter-{lane.name}", daemon=True
@@ -129,14 +134,21 @@ class AdapterLoader:
                 value = ticket.work()
             except Exception as raised:  # whatever it is, only this adapter's requests pay for it
                 error = raised
-            if not self._settle(ticket):
-                with self._lock:
-                    lane.threads -= 1
-                    lane.stuck -= 1
-                    self._ensure_threads(lane)
-                return
-            if not self._closed:
+            first = self._settle(ticket)
+            surplus = ticket.slow and self._end_surplus(lane)
+            if first and not self._closed:
                 ticket.done(value, error)
+            if surplus:
+                return
+
+    def _end_surplus(self, lane: _Lane) -> bool:
+        """A slow thread is free again; True if another has taken its place, so that it is to end."""
+        with self._lock:
+            lane.extra -= 1
+            surplus = lane.threads - lane.extra > lane.max_threads
+            lane.threads -= surplus
+            self._ensure_threads(lane)
+            return surplus
 
     def _take(self, lane: _Lane) -> Ticket | None:
         with self._lock:
@@ -147,9 +159,10 @@ class AdapterLoader:
             if self._closed:
                 return None
             ticket = lane.waiting.popleft()
-            heapq.heappush(
-                self._deadlines, (time.monotonic() + ticket.timeout_s, next(self._numbers), ticket)
-            )
+            now = time.monotonic()
+            for seconds in {min(self._patience_s, ticket.timeout_s), ticket.timeout_s}:
+                entry = (now + seconds, next(self._numbers), ticket, seconds == ticket.timeout_s)
+                heapq.heappush(self._deadlines, entry)
             self._deadline_added.notify()
             return ticket
 
@@ -171,8 +184,10 @@ class AdapterLoader:
                 if not self._deadlines or self._deadlines[0][0] > now:
                     self._deadline_added.wait(self._deadlines[0][0] - now if self._deadlines else None)
                     continue
-                ticket = heapq.heappop(self._deadlines)[2]
-                ticket.settled = True
-                ticket.lane.stuck += 1
+                _, _, ticket, is_over = heapq.heappop(self._deadlines)
+                ticket.settled = is_over
+                ticket.lane.extra += not ticket.slow
+                ticket.slow = True
                 self._ensure_threads(ticket.lane)
-            ticket.done(None, LoadTimeoutError(f"took longer than {ticket.timeout_s:g} s"))
+            if is_over:
+                ticket.done(None, LoadTimeoutError(f"took longer than {ticket.timeout_s:g} s"))

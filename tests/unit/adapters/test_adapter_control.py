@@ -53,6 +53,7 @@ def test_a_pinned_adapter_stays_while_others_come_and_go() -> None:
     bench = Bench(num_pages=2, host_pages=2, **numbered("a", "b", "c", "d"))
     command(bench, "preload", pin=True)
     assert not bench.settle()
+    assert row(bench)["pinned"] == "device"
     for name in "bcdbcd":
         handle = bench.load(name)
         assert bench.activate(name) is not None
@@ -87,9 +88,26 @@ def test_a_failed_preload_is_told_in_the_list_until_it_is_tried_again() -> None:
     command(bench, "preload", pin=True)
     assert not bench.settle(), "no request failed"
     assert (row(bench)["status"], row(bench)["error"]) == ("failed", "wrong shapes")
+    assert row(bench)["error_type"] == AdapterIncompatibleError.error_type
     command(bench, "preload")
     assert not bench.settle()
     assert row(bench)["status"] == "on_device"
+
+
+def test_a_failed_reload_is_told_beside_the_old_weights_until_the_next_one() -> None:
+    bench = Bench(**numbered("a"))
+    bench.load("a")
+    assert "last_error" not in row(bench)
+    bench.source.adapters["a"].error = AdapterIncompatibleError("wrong shapes")
+    command(bench, "reload")
+    assert not bench.settle(), "no request failed"
+    found = row(bench)
+    assert (found["tier"], found["last_error"]) == ("host", "wrong shapes")
+    assert found["error_type"] == AdapterIncompatibleError.error_type
+    command(bench, "reload")
+    assert "last_error" not in row(bench)
+    assert not bench.settle()
+    assert "last_error" not in row(bench)
 
 
 def test_unloading_waits_for_the_requests_under_way_and_new_ones_load_anew() -> None:
@@ -271,3 +289,24 @@ def test_an_adapter_too_large_is_told_to_its_requests_beside_a_preload() -> None
     handle = bench.acquire("a")
     assert isinstance(bench.settle()[handle], AdapterTooLargeError)
     assert row(bench)["status"] == "failed"
+
+
+def test_a_command_without_a_right_to_a_private_adapter_pins_nothing() -> None:
+    bench = Bench(a=FakeAdapter(1.0, tokens={"alice"}))
+    handle = bench.acquire("a", "alice")
+    command(bench, "pin")
+    assert not bench.settle()
+    assert bench.is_ready("a", handle)
+    assert row(bench)["pinned"] is None
+    command(bench, "pin", api_token="alice")
+    assert not bench.settle()
+    assert row(bench)["pinned"] == "device"
+
+
+def test_a_pin_that_turns_out_too_large_is_told_and_not_made() -> None:
+    bench = Bench(num_pages=4, big=FakeAdapter(9.0, rank=24), **numbered("a"))
+    command(bench, "pin", "a")
+    command(bench, "pin", "big")
+    assert not bench.settle()
+    assert row(bench, "big")["pinned"] is None
+    assert row(bench, "a")["pinned"] == "device"

@@ -97,7 +97,7 @@ def test_work_that_hangs_is_given_up_and_its_thread_replaced(
 
 
 def test_work_given_up_is_not_reported_twice_and_its_thread_ends(loader: AdapterLoader) -> None:
-    gate, hung, workers = threading.Event(), Results(), []
+    gate, hung, results, workers = threading.Event(), Results(), Results(), []
 
     def work() -> None:
         workers.append(threading.current_thread())
@@ -105,10 +105,11 @@ def test_work_given_up_is_not_reported_twice_and_its_thread_ends(loader: Adapter
 
     loader.submit("read", work, 0.05, hung)
     hung.next()
+    loader.submit("read", lambda: "meanwhile", WAIT, results)
+    assert results.next() == ("meanwhile", None), "on another thread"
     gate.set()
     workers[0].join(WAIT)
     assert not workers[0].is_alive()
-    results = Results()
     loader.submit("read", lambda: "after", WAIT, results)
     assert results.next() == ("after", None)
     assert hung.empty
@@ -167,3 +168,23 @@ def test_many_short_works_all_come_back(loader: AdapterLoader) -> None:
     for number in range(500):
         loader.submit("download", lambda number=number: number, WAIT, results)
     assert sorted(results.next()[0] for _ in range(500)) == list(range(500))
+
+
+def test_slow_work_makes_way_in_its_own_lane(gate: threading.Event) -> None:
+    """LoRAX's A51: one task did all loads, one after another."""
+    loader = AdapterLoader({"download": 2}, patience_s=0.02)
+    started, slow, results = threading.Semaphore(0), Results(), Results()
+    for _ in range(6):
+        loader.submit("download", hang(gate, started), WAIT, slow)
+    loader.submit("download", lambda: "quick", WAIT, results)
+    assert results.next() == ("quick", None), "behind six that hang"
+    assert slow.empty, "which are not given up"
+    gate.set()
+    for _ in range(6):
+        assert slow.next() == (None, None)
+    for number in range(20):
+        loader.submit("download", lambda number=number: number, WAIT, results)
+    assert sorted(results.next()[0] for _ in range(20)) == list(range(20))
+    assert loader._lanes["download"].threads <= 2, "the extra threads have ended"
+    assert loader._lanes["download"].extra == 0
+    loader.close()
