@@ -65,7 +65,7 @@ class OpenAI(openai.OpenAI):
         **options: Any,
     ) -> None:
         if http_client is None:  # copies of a client share the original's
-            http_client = _httpx.Client(transport=GrpcTransport(str(base_url), tls))
+            http_client = _httpx.Client(transport=OpenAITransport(str(base_url), tls))
             base_url = _URL
         super().__init__(api_key=api_key or _NO_KEY, base_url=base_url, http_client=http_client, **options)
 
@@ -83,12 +83,12 @@ class AsyncOpenAI(openai.AsyncOpenAI):
         **options: Any,
     ) -> None:
         if http_client is None:
-            http_client = _httpx.AsyncClient(transport=AsyncGrpcTransport(str(base_url), tls))
+            http_client = _httpx.AsyncClient(transport=AsyncOpenAITransport(str(base_url), tls))
             base_url = _URL
         super().__init__(api_key=api_key or _NO_KEY, base_url=base_url, http_client=http_client, **options)
 
 
-class AsyncGrpcTransport(_httpx.AsyncBaseTransport):  # type: ignore[misc] # of either library
+class AsyncOpenAITransport(_httpx.AsyncBaseTransport):  # type: ignore[misc] # of either library
     """Answers HTTP requests to OpenAI's API over gRPC. Each event loop that uses it gets a connection of its own."""
 
     def __init__(self, address: str, tls: Tls | bool | None = None) -> None:
@@ -128,8 +128,8 @@ class AsyncGrpcTransport(_httpx.AsyncBaseTransport):  # type: ignore[misc] # of 
         return ClientBackend(client)
 
 
-class GrpcTransport(_httpx.BaseTransport):  # type: ignore[misc] # of either library
-    """`AsyncGrpcTransport` for callers without an event loop: one runs on a thread of its own."""
+class OpenAITransport(_httpx.BaseTransport):  # type: ignore[misc] # of either library
+    """`AsyncOpenAITransport` for callers without an event loop: one runs on a thread of its own."""
 
     def __init__(self, address: str, tls: Tls | bool | None = None) -> None:
         self._client = _connect(address, tls)

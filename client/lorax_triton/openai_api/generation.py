@@ -16,7 +16,18 @@ MAX_TOP_LOGPROBS = 20
 _UNSIGNED_64 = 2**64
 # Keys that stand for "no key" in programs that must send one.
 _PLACEHOLDER_TOKENS = frozenset(
-    {"", "empty", "none", "null", "dummy", "unused", "not-needed", "no-key", "sk-no-key-required"}
+    {
+        "",
+        "empty",
+        "none",
+        "null",
+        "dummy",
+        "dummy-key",
+        "unused",
+        "not-needed",
+        "no-key",
+        "sk-no-key-required",
+    }
 )
 # Fields that the server understands as they are: OpenAI's, LoRAX's, and those other servers have added.
 _PASSED_ON = (
@@ -219,7 +230,7 @@ def bearer_token(headers: Mapping[str, str]) -> str | None:
     if header[:7].lower() != "bearer ":
         return None
     token = header[7:].strip()
-    return None if token.lower() in _PLACEHOLDER_TOKENS else token
+    return None if token.lower().replace("_", "-") in _PLACEHOLDER_TOKENS else token
 
 
 def finish_reason(details: Mapping[str, Any]) -> str:
