@@ -1,0 +1,226 @@
+"""The disk tier: a budget, an order that survives restarts, and nothing removed under a reader."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from adapter_files import read_files
+from hub_server import HubServer
+
+from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
+from lorax_backend.adapters.sources.hub import HubSource
+from lorax_backend.errors import AdapterDownloadError, AdapterTooLargeError
+from lorax_backend.types import AdapterRef
+
+SIZE = 1000
+
+
+def store(cache: DiskCache, name: str, age_s: float = 0.0, revision: str = "r1") -> Path:
+    """An adapter of SIZE bytes, as a source leaves it there, last used some time ago."""
+    repository = cache.repository("s3", name)
+    folder = repository / "snapshots" / revision
+    with cache.writing(repository, SIZE):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_bytes(b"{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"0" * (SIZE - 2))
+        assert cache.lease("s3", name, folder) is not None
+    gc.collect()
+    if age_s:
+        used = time.time() - age_s
+        cache._entries[folder].last_used = used
+        os.utime(folder, (used, used))
+    return folder
+
+
+def names(cache: DiskCache) -> list[str]:
+    return [entry["id"] for entry in cache.entries()]
+
+
+def test_the_least_recently_used_leave_when_the_budget_is_reached(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 3 * SIZE)
+    folders = {name: store(cache, name, age_s=100 - 10 * index) for index, name in enumerate("abc")}
+    lease = cache.lease("s3", "a", folders["a"])
+    del lease
+    store(cache, "d")
+    assert names(cache) == ["d", "a", "c"]
+    assert not folders["b"].parent.parent.exists()
+    assert cache.stats() == {"bytes_total": 3 * SIZE, "bytes_used": 3 * SIZE, "entries": 3, "evictions": 1}
+
+
+def test_the_order_survives_a_restart(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 3 * SIZE)
+    for index, name in enumerate("abc"):
+        store(cache, f"team/{name}", age_s=10 + 10 * index)
+    again = DiskCache(tmp_path, 3 * SIZE)
+    assert again.entries() == cache.entries()
+    store(again, "d")
+    assert names(again) == ["d", "team/a", "team/b"]
+
+
+def test_what_somebody_reads_or_writes_stays(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 2 * SIZE)
+    folder = store(cache, "a", age_s=100)
+    lease: DiskLease | None = cache.lease("s3", "a", folder)
+    cache._entries[folder].last_used = 0.0
+    os.utime(folder, (0, 0))
+    store(cache, "b", age_s=50)
+    store(cache, "c")
+    assert names(cache) == ["c", "a"]
+    assert cache.purge() == SIZE
+    assert names(cache) == ["a"]
+    del lease
+    assert cache.purge() == SIZE
+    assert list((tmp_path / "s3").iterdir()) == []
+
+
+def test_what_another_process_has_just_used_stays(tmp_path: Path) -> None:
+    cache, other = DiskCache(tmp_path, 2 * SIZE), DiskCache(tmp_path, 2 * SIZE)
+    folder = store(cache, "a", age_s=100)
+    store(cache, "b", age_s=50)
+    other._scan()
+    other.lease("s3", "a", folder)
+    store(cache, "c")
+    assert "a" in names(cache)
+    assert "b" not in names(cache)
+
+
+def test_an_adapter_larger_than_the_budget_is_refused_before_its_download(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, SIZE)
+    store(cache, "a")
+    with pytest.raises(AdapterTooLargeError, match="adapter_disk_bytes"), cache.writing(tmp_path, 2 * SIZE):
+        pass
+    assert names(cache) == ["a"]
+
+
+def test_downloads_that_broke_off_long_ago_are_removed_and_recent_ones_are_kept(tmp_path: Path) -> None:
+    snapshots = tmp_path / "s3" / "x" / "snapshots"
+    for name, age_s in (("old.part", 100000), ("new.part", 10)):
+        (snapshots / name).mkdir(parents=True)
+        os.utime(snapshots / name, (time.time() - age_s,) * 2)
+    DiskCache(tmp_path, SIZE)
+    assert [path.name for path in snapshots.iterdir()] == ["new.part"]
+
+
+def test_a_purge_of_one_adapter_leaves_the_others(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 9 * SIZE)
+    for name in "ab":
+        store(cache, name)
+    store(cache, "a", revision="r2")
+    assert cache.purge("s3", "a") == 2 * SIZE
+    assert names(cache) == ["b"]
+    assert cache.purge("hub", "b") == 0
+
+
+# With the hub's own layout
+
+
+@pytest.fixture
+def files(make_adapter: Callable[..., Path]) -> dict[str, bytes]:
+    return read_files(make_adapter())
+
+
+def hub_source(cache: DiskCache, **options: object) -> HubSource:
+    folder = str(cache.folder("hub"))
+    return HubSource(cache_dir=folder, disk=cache, sleep=lambda seconds: None, **options)  # type: ignore[arg-type]
+
+
+def test_hub_adapters_are_counted_found_after_a_restart_and_evicted(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    size = sum(map(len, files.values()))
+    for number in range(3):
+        hub.commit(f"org/a{number}", {**files, "adapter_config.json": files["adapter_config.json"]})
+    cache = DiskCache(tmp_path / "disk", 2 * size + 10)
+    for number in range(2):
+        assert not hub_source(cache).fetch(AdapterRef("hub", f"org/a{number}"), None).cached
+    gc.collect()
+    again = DiskCache(tmp_path / "disk", 2 * size + 10)
+    assert sorted(names(again)) == ["org/a0", "org/a1"]
+    assert hub_source(again).fetch(AdapterRef("hub", "org/a0"), None).cached
+    for entry in again._entries.values():  # as if it were a while ago
+        entry.last_used -= 100 if entry.adapter_id == "org/a0" else 200
+        os.utime(entry.folder, (entry.last_used,) * 2)
+    hub_source(again).fetch(AdapterRef("hub", "org/a2"), None)
+    assert sorted(names(again)) == ["org/a0", "org/a2"]
+    assert not (tmp_path / "disk" / "hub" / "models--org--a1").exists(), "blobs too"
+
+
+def test_one_revision_of_a_repository_can_go_without_the_files_it_shares(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    cache = DiskCache(tmp_path / "disk", 1 << 30)
+    source = hub_source(cache)
+    hub.commit("org/a", files)
+    first = source.fetch(AdapterRef("hub", "org/a"), None).folder
+    hub.commit("org/a", {**files, "adapter_config.json": files["adapter_config.json"] + b"\n"})
+    second = source.fetch(AdapterRef("hub", "org/a"), None).folder
+    gc.collect()
+    entry = cache._entries.pop(first)
+    from lorax_backend.adapters.disk_cache import _remove_snapshot
+
+    _remove_snapshot(entry.folder)
+    assert (second / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
+    assert len(list((second.parent.parent / "blobs").iterdir())) == 2
+
+
+def test_a_cached_file_cut_short_is_downloaded_again(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.commit("org/a", files)
+    source = hub_source(DiskCache(tmp_path / "disk", 1 << 30))
+    folder = source.fetch(AdapterRef("hub", "org/a"), None).folder
+    weights = folder / "adapter_model.safetensors"
+    weights.resolve().write_bytes(files[weights.name][:-5])
+    fetched = source.fetch(AdapterRef("hub", "org/a"), None)
+    assert not fetched.cached
+    assert (fetched.folder / weights.name).read_bytes() == files[weights.name]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files of at most 2 KiB can be written, as on a disk that is full."""
+    import signal
+
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_told_with_a_remedy(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path, small_files: None
+) -> None:
+    hub.commit("org/a", {**files, "adapter_model.safetensors": b"0" * 5000})
+    with pytest.raises(AdapterDownloadError, match=r"could not be stored: .*adapter_disk_cache"):
+        hub_source(DiskCache(tmp_path / "disk", 1 << 30)).fetch(AdapterRef("hub", "org/a"), None)
+
+
+def test_a_full_disk_costs_the_least_recently_used_their_place(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    cache = DiskCache(tmp_path / "disk", 1 << 30)
+    for index, name in enumerate("abcd"):
+        store(cache, name, age_s=100 - index)
+    hub.commit("org/a", files)
+    from lorax_backend.adapters.sources import hub as module
+
+    download, failures = module.hf_hub_download, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def full_once(*args: object, **options: object) -> str:
+        if failures:
+            raise failures.pop()
+        return download(*args, **options)  # type: ignore[arg-type, return-value]
+
+    monkeypatch.setattr(module, "hf_hub_download", full_once)
+    assert hub_source(cache).fetch(AdapterRef("hub", "org/a"), None).folder.is_dir()
+    assert "a" not in names(cache)
+    assert {"b", "c", "d"} < set(names(cache))
