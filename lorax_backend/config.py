@@ -63,7 +63,8 @@ class ServerConfig:
         0, "sequences that may wait for one adapter before more are refused; 0: no cap"
     )
     adapter_weights: str = _option(
-        "", 'JSON object, adapter id -> share of the engine, such as {"org/a": 2}; others and __base_model__ have 1'
+        "",
+        'JSON object, adapter id -> share of the engine, such as {"org/a": 2}; others and __base_model__ have 1',
     )
     max_lora_rank: int = _option(64, "largest adapter rank accepted")
     adapter_pages: int = _option(0, "pages of rank 8 in the device arena; 0: 64 on CPU, from memory on CUDA")

@@ -177,7 +177,7 @@ def _logprob_json(token: Token) -> dict[str, dict[str, Any]]:
 
 def _details_json(event: GenerationEvent, request: GenerateRequest) -> dict[str, Any]:
     assert event.finish_reason is not None
-    details = {
+    details: dict[str, Any] = {
         "finish_reason": event.finish_reason.value,
         "prompt_tokens": event.prompt_tokens,
         "cached_tokens": event.cached_tokens,

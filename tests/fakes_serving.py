@@ -86,7 +86,9 @@ class FakeEngine:
 
     # ---- for tests ----
 
-    def emit(self, handle: int, ids: Sequence[int], finish: FinishReason | None = None, **fields: Any) -> None:
+    def emit(
+        self, handle: int, ids: Sequence[int], finish: FinishReason | None = None, **fields: Any
+    ) -> None:
         """Report tokens of one request; the last carries `finish`."""
         assert self._events is not None
         outputs = [TokenOutput(handle, token_id, **fields) for token_id in ids]

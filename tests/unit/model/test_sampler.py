@@ -58,7 +58,9 @@ def test_n07_top_k_keeps_the_k_best_and_every_tie_of_the_last() -> None:
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.05, [2]), (0.49, [2]), (0.51, [0, 2]), (0.79, [0, 2]), (0.81, [0, 1, 2])]
 )
-def test_n07_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one(top_p: float, kept: list[int]) -> None:
+def test_n07_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one(
+    top_p: float, kept: list[int]
+) -> None:
     logits = torch.log(logits_of([0.3, 0.15, 0.5, 0.05]))
     assert cut(logits, top_p=top_p) == kept
 
