@@ -101,7 +101,8 @@ def progress_of(answer: Answer, adapters: Iterable[AdapterInfo], tier: str) -> A
     if any(row.get("status") in _ON_THE_WAY for row in same):
         return answer
     if not same:
-        return {**answer, "status": "not_loaded"}
+        # Files that nobody needs in memory are no longer listed under the name they were asked for by.
+        return {**answer, "status": "ready" if tier == "disk" else "not_loaded"}
     row = same[0]
     near = row.get("tier") in TIERS[: TIERS.index(tier) + 1]
     return {**answer, **row, "status": "ready" if near else "loading"}

@@ -14,7 +14,7 @@ from triton_calls import TritonCaller
 
 from lorax_backend.cli.main import main
 from lorax_backend.server.launch import TritonServer
-from lorax_triton import AdapterNotFoundError, Client, OverloadedError, UnauthorizedError
+from lorax_triton import AdapterError, AdapterNotFoundError, Client, OverloadedError, UnauthorizedError
 
 pytestmark = pytest.mark.triton
 
@@ -60,6 +60,12 @@ def test_adapters_are_preloaded_pinned_reloaded_named_and_unloaded(
     after = client.generate(PROMPT, str(changing), max_new_tokens=12).generated_text
     assert before == client.generate(PROMPT, first, max_new_tokens=12).generated_text
     assert after == client.generate(PROMPT, third, max_new_tokens=12).generated_text
+
+    (changing / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(AdapterError):
+        client.adapters.reload(str(changing))
+    assert client.generate(PROMPT, str(changing), max_new_tokens=12).generated_text == after
+    assert client.adapters.preload(second, tier="disk")["status"] == "ready"
 
     client.adapters.set_alias("support", third)
     assert [target["adapter_id"] for target in client.adapters.aliases()["support"]] == [third]

@@ -12,6 +12,7 @@ from fake_triton_server import Call, FakeTriton, Script, error_json, error_respo
 
 from lorax_triton import (
     AdapterError,
+    AdapterIncompatibleError,
     AdapterNotFoundError,
     AsyncClient,
     Client,
@@ -160,6 +161,21 @@ def test_an_adapter_that_was_dropped_meanwhile_ends_the_wait(serve: Serve) -> No
     fake = serve(answering(loading([])))
     with Client(fake.url) as client:
         assert client.adapters.preload("a")["status"] == "not_loaded"
+
+
+def test_an_adapter_wanted_on_disk_is_ready_once_its_files_are_there(serve: Serve) -> None:
+    cached = row("on_disk", "disk") | {"revision": "4f9c"}
+    fake = serve(answering(loading([row("fetching", "remote")], [cached])))
+    with Client(fake.url) as client:
+        assert client.adapters.preload("a", tier="disk")["status"] == "ready"
+
+
+def test_a_reload_that_fails_says_why_though_the_old_weights_go_on(serve: Serve) -> None:
+    old = row("on_device", "device")
+    failed = old | {"last_error": "wrong shapes", "error_type": "adapter_incompatible"}
+    fake = serve(answering(loading([old, row("reading", "disk")], [failed])))
+    with Client(fake.url) as client, pytest.raises(AdapterIncompatibleError, match="wrong shapes"):
+        client.adapters.reload("a")
 
 
 def test_waiting_ends_with_the_timeout(serve: Serve) -> None:
