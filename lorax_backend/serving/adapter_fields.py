@@ -50,6 +50,7 @@ def read_adapter(given: Given, config: ServerConfig) -> AdapterRef | None:
     source = (values.get("adapter_source") or "").strip()
     try:
         if adapter_id == "":
+            _source_name(source, config)
             return default_adapter(config)
         return adapter_ref(adapter_id, source, values.get("adapter_revision"), config)
     except ValidationError as error:
@@ -79,9 +80,7 @@ def adapter_ref(
     Raises:
         ValidationError: naming the field at fault.
     """
-    name = source.lower() or config.default_adapter_source
-    if name not in ADAPTER_SOURCES:
-        raise ValidationError(f"adapter_source: {shorten(source)} is not one of {', '.join(ADAPTER_SOURCES)}")
+    name = _source_name(source, config)
     if adapter_id in ("", BASE_MODEL_ID):
         return None
     ref = normalize_uri(AdapterRef(name, adapter_id))
@@ -96,6 +95,16 @@ def adapter_ref(
             )
         adapter_id, revision = plain, given_revision
     return AdapterRef(name, adapter_id, (revision or "").strip() or None)
+
+
+def _source_name(source: str, config: ServerConfig) -> str:
+    name = source.lower() or config.default_adapter_source
+    if name not in ADAPTER_SOURCES:
+        raise ValidationError(
+            f"adapter_source: {shorten(source)} is not one of {', '.join(ADAPTER_SOURCES)}; leave it out for "
+            f"{config.default_adapter_source}"
+        )
+    return name
 
 
 def _merge(given: Given) -> MergedAdapters | None:

@@ -33,7 +33,8 @@ BAD_REQUESTS = {
     "invalid UTF-8 in a list": (
         {"text_input": PROMPT, "stop_words": [b"ok", b"\xc3"]}, {}, "validation", ["stop_words", "UTF-8"],
     ),
-    "unsupported feature": ({"text_input": PROMPT}, {"best_of": 3}, "unsupported", ["best_of"]),
+    "unsupported feature": ({"text_input": PROMPT}, {"min_p": 0.5}, "unsupported", ["min_p"]),
+    "best_of without sampling": ({"text_input": PROMPT}, {"best_of": 2}, "validation", ["best_of", "sampling"]),
     "unsupported tensor": ({"text_input": PROMPT, "embedding_request": "{}"}, {}, "unsupported", ["embedding"]),
     "unknown source": ({"text_input": PROMPT, "adapter_source": "moon"}, {}, "validation", ["adapter_source", "local"]),
     "unknown adapter": (

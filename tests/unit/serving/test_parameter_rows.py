@@ -48,6 +48,7 @@ def test_g03_sources_are_known_in_any_case_and_others_refused_up_front(source: s
     assert ref is not None
     assert ref.source == source.lower()
     assert "adapter_source" in refusal(adapter_id="a", adapter_source="ftp")
+    assert "adapter_source" in refusal(adapter_source="ftp")
 
 
 @pytest.mark.parametrize(
