@@ -155,12 +155,8 @@ def _spread(values: list[float]) -> str:
 
 
 @contextmanager
-def _server(model_id: str) -> Iterator[str]:
-    """A server of the model; "tiny" is a random one whose steps take little beside what is measured here."""
-    if model_id != "tiny":
-        with own_server(model_id, 64) as url:
-            yield url
-        return
+def tiny_server() -> Iterator[str]:
+    """A server of a random model whose steps take little beside what is measured here; its gRPC address."""
     from tiny_checkpoints import write_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +169,8 @@ def measure(arguments: argparse.Namespace) -> str:
     """Run everything; the result file."""
     facts = environment()
     levels = [int(text) for text in arguments.concurrency.split(",")]
-    with _server(arguments.model_id) as url, gateway_for(url) as address:
+    server = tiny_server() if arguments.model_id == "tiny" else own_server(arguments.model_id, 64)
+    with server as url, gateway_for(url) as address:
         direct, through = first_token_times(url, address, arguments.rounds)
         added = percentile(through, 0.5) - percentile(direct, 0.5)
         lines = [

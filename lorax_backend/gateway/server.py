@@ -49,9 +49,30 @@ def bind(config: GatewayConfig) -> socket.socket:
     return listener
 
 
-def serve_socket(config: GatewayConfig, listener: socket.socket, counters: Counters | None = None) -> None:
-    """Serve in this process until SIGTERM or SIGINT, then let what runs finish."""
-    server = uvicorn.Server(
+class _Server(uvicorn.Server):
+    """Says when it serves, which is also when it heeds signals."""
+
+    on_started: Callable[[], None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets)
+        if self.started and self.on_started is not None:
+            self.on_started()
+
+
+def serve_socket(
+    config: GatewayConfig,
+    listener: socket.socket,
+    counters: Counters | None = None,
+    on_started: Callable[[], None] | None = None,
+) -> None:
+    """Serve in this process until SIGTERM or SIGINT, then let what runs finish.
+
+    Raises:
+        GatewayError: the application did not start.
+    """
+    server = _Server(
         uvicorn.Config(
             create_app(config, counters),
             log_level="info" if config.access_log else "warning",
@@ -63,26 +84,34 @@ def serve_socket(config: GatewayConfig, listener: socket.socket, counters: Count
             timeout_graceful_shutdown=max(1, int(config.drain_timeout)),
         )
     )
+    server.on_started = on_started
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signals that stopped it once more at its end, for whoever handled them before.
+        signal.signal(signum, lambda number, frame: None)
     server.run(sockets=[listener])
     if not server.started:
         raise GatewayError("the gateway did not start; see the log above")
 
 
 def run(config: GatewayConfig, ready: Callable[[str], None] | None = None) -> None:
-    """Serve until told to stop. `ready` is called with the address once the port is open.
+    """Serve until told to stop. `ready` is called with the address once requests are served.
 
     Raises:
         GatewayError: it cannot listen, or its workers keep dying.
     """
     listener = bind(config)
-    try:
-        host, port = listener.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
+    address = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
+
+    def started() -> None:
         if ready is not None:
-            ready(f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}")
+            ready(address)
+
+    try:
         if config.workers == 1:
-            serve_socket(config, listener)
+            serve_socket(config, listener, on_started=started)
         else:
-            _Supervisor(config, listener).run()
+            _Supervisor(config, listener).run(started)
     finally:
         listener.close()
 
@@ -98,12 +127,13 @@ class _Supervisor:
         self._deaths: list[float] = []
         self._stopping = False
 
-    def run(self) -> None:
+    def run(self, started: Callable[[], None]) -> None:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
         try:
             for index in range(self._config.workers):
                 self._start(index)
+            started()  # what comes before the first worker listens waits in the socket's queue
             while self._workers:
                 self._reap()
         finally:
