@@ -63,9 +63,9 @@ class Loader(Protocol):
 class AdapterLoader:
     """Runs work on daemon threads, which start when first needed. All methods may be called from any thread."""
 
-    def __init__(self, lanes: Mapping[str, int], patience_s: float = _PATIENCE_S) -> None:
+    def __init__(self, lanes: Mapping[str, int], patience_s: float | None = None) -> None:
         """`lanes` gives the number of threads of each lane, `patience_s` the time after which work counts as slow."""
-        self._patience_s = patience_s
+        self._patience_s = _PATIENCE_S if patience_s is None else patience_s
         self._lock = threading.Lock()
         self._lanes = {
             name: _Lane(name, count, ready=threading.Condition(self._lock)) for name, count in lanes.items()
