@@ -9,9 +9,10 @@ queue that has had its part goes behind the others in the same step. What is pas
 - An adapter that is not on the device yet goes behind others by at most `grouping` tokens: requests for adapters that
   run already are taken together, which makes steps cheaper and copies fewer.
 - While several adapters are about, a flood of one must not be felt by the others. None computes more than a quarter of
-  a step's tokens in prompts (256 at least), so steps stay short. The last eighth of rows and of blocks is kept from those that have
-  more than their share, unless they are overdue. And when no row is free all the same, an adapter with less than its
-  share takes one from an adapter that keeps its share without it (`to_reclaim`), as long as it needs no copy first.
+  a step's tokens in prompts (256 at least), so steps stay short. The last eighth of rows and of blocks is kept from
+  those that have more than their share, unless they are overdue. And when no row is free all the same, an adapter with
+  less than its share takes one from an adapter that keeps its share without it (`to_reclaim`), as long as it needs no
+  copy first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lorax_backend.scheduler.rotation import Rotation
 from lorax_backend.scheduler.rows import RunningRows
 from lorax_backend.scheduler.sequence import Sequence, SequenceStatus
 from lorax_backend.scheduler.settings import SchedulerSettings
-from lorax_backend.scheduler.waiting import Order, WaitingQueues, queue_of
+from lorax_backend.scheduler.waiting import Order, Present, WaitingQueues, queue_of
 from lorax_backend.types import AdapterRef
 
 _MAX_REFUSALS = 32  # of one step, so that a long queue without room costs little
@@ -59,7 +60,7 @@ class _Step:
     num_refused: int = 0
     num_without_room: int = 0
     num_looked_up: int = 0
-    present_weight: float | None = None
+    present: Present | None = None
     blocks_used: Counter[AdapterQueue] | None = None
     passed: Counter[AdapterQueue] = field(default_factory=Counter)
     computed: Counter[AdapterQueue] = field(default_factory=Counter)
@@ -107,25 +108,26 @@ class Admission:
             self._prefetch()
 
     def to_reclaim(self, now: float) -> list[Sequence]:
-        """Running sequences that give up their rows before this step, because others have a better right to them. At
-        most one for each sequence that can start instead; the first in serving order never."""
+        """Running sequences that give up their rows before this step, because adapters that have been given less and
+        have less than their share of rows can use them: one row for each. The first in serving order never does."""
         if self._rows.free or not self._queues.has_backlog:
             return []
-        total, num_rows = self._queues.present_weight(now), self._rows.num_rows
+        total, num_rows = self._queues.present(now).weight, self._rows.num_rows
         entitled = (
             queue
             for queue in self._queues.candidates(now)
             if (queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue)
         )
-        missing = sum(1 for _ in islice(entitled, _MAX_RECLAIMED))
+        claims = sorted(queue.counter for queue in islice(entitled, _MAX_RECLAIMED))
         victims: list[Sequence] = []
         taken: Counter[AdapterQueue] = Counter()
-        for seq in reversed(self._rows.sequences[1:] if missing else []):
+        for seq in reversed(self._rows.sequences[1:] if claims else []):
             queue = queue_of(seq)
-            if (queue.running - taken[queue] - 1) * total >= num_rows * queue.weight:
+            left = queue.running - taken[queue] - 1
+            if left * total >= num_rows * queue.weight and queue.counter > claims[len(victims)]:
                 taken[queue] += 1
                 victims.append(seq)
-                if len(victims) == missing:
+                if len(victims) == len(claims):
                     break
         return victims
 
@@ -277,17 +279,16 @@ class Admission:
         return now - queue.served_at > self._settings.fairness_bound_s
 
     def _exceeds_share(self, queue: AdapterQueue, used: int, total: int, step: _Step) -> bool:
-        if self._is_alone(queue, step):
-            return False
-        return used * self._present_weight(step) >= total * queue.weight
+        """The adapter has both its share of `total` and, so far, more tokens than the others."""
+        present = self._present(step)
+        alone = present.weight <= queue.weight
+        ahead = queue.counter > present.mean_counter
+        return not alone and ahead and used * present.weight >= total * queue.weight
 
-    def _is_alone(self, queue: AdapterQueue, step: _Step) -> bool:
-        return self._present_weight(step) <= queue.weight
-
-    def _present_weight(self, step: _Step) -> float:
-        if step.present_weight is None:
-            step.present_weight = self._queues.present_weight(step.now)
-        return step.present_weight
+    def _present(self, step: _Step) -> Present:
+        if step.present is None:
+            step.present = self._queues.present(step.now)
+        return step.present
 
     def _matched_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the prefix cache that `seq` may take up: none if every position of its prompt must be computed."""
@@ -337,7 +338,7 @@ class Admission:
 
     def _allowance(self, queue: AdapterQueue, step: _Step) -> int | None:
         """Prompt tokens that the adapter may still compute in this step; None if nobody else is about."""
-        if not self._settings.chunked_prefill or self._is_alone(queue, step):
+        if not self._settings.chunked_prefill or self._present(step).weight <= queue.weight:
             return None
         part = max(_MIN_PROMPT_PART, self._settings.step_budget // _PROMPT_PART)
         return max(0, part - step.computed[queue])

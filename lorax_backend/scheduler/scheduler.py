@@ -222,7 +222,7 @@ class Scheduler:
                 and num_tokens - seq.prompt_len
                 < seq.sampling.max_new_tokens  # or its last token is under way
                 and seq.status is SequenceStatus.RUNNING
-                and seq not in plan
+                and not (plan.prefill_first and seq in plan)
                 and (num_tokens <= len(seq.block_table) * block_size or self._make_room(seq, plan))
             ):
                 plan.add_decode(seq, num_tokens)

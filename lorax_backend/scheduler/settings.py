@@ -50,6 +50,8 @@ class SchedulerSettings:
             least = 0 if option.default == 0 else 1
             if option.type == "int" and getattr(self, option.name) < least:
                 raise ValueError(f"{option.name} must be at least {least}, not {getattr(self, option.name)}")
+        if self.adapter_cycle_time_s < 0:
+            raise ValueError(f"adapter_cycle_time_s must not be negative, as {self.adapter_cycle_time_s} is")
         for name, weight in self.adapter_weights.items():
             if not 0.001 <= weight <= 1000:
                 raise ValueError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from operator import attrgetter
+from typing import NamedTuple
 
 from lorax_backend.scheduler.adapter_queue import AdapterQueue
 from lorax_backend.scheduler.sequence import Sequence
@@ -28,6 +29,7 @@ from lorax_backend.types import BASE_MODEL_ID, AdapterRef
 _MAX_ASKED = 128
 # An adapter that was served within this many seconds is expected back.
 _PRESENT_S = 10.0
+_PRESENT_FOR_S = 0.1
 # Queues without sequences that are remembered, at least.
 _MIN_REMEMBERED = 256
 
@@ -36,6 +38,14 @@ _MAX_CANDIDATES = 64
 _COUNTER, _SERVED_AT = attrgetter("counter"), attrgetter("served_at")
 
 Order = tuple[int, float, float, int]
+
+
+class Present(NamedTuple):
+    """The adapters about at a time: their weights' sum, and the mean of their counters."""
+
+    at: float
+    weight: float
+    mean_counter: float
 
 
 class WaitingQueues:
@@ -48,6 +58,7 @@ class WaitingQueues:
         self._loading: dict[AdapterQueue, None] = {}
         self._new: dict[Sequence, None] = {}  # since the last `promote`; they are in `loading` of their queue
         self._floor = 0.0
+        self._present: Present | None = None
         self._num_waiting = 0
         self._num_created = 0
 
@@ -151,13 +162,16 @@ class WaitingQueues:
             return 0, queue.served_at, 0.0, queue.number
         return 1, queue.counter + penalty, queue.served_at, queue.number
 
-    def present_weight(self, now: float) -> float:
-        """Weights of the adapters that wait, run, or did so a moment ago."""
-        return sum(
-            queue.weight
-            for queue in self._queues.values()
-            if queue.running or queue.ready or now - queue.served_at < _PRESENT_S
-        )
+    def present(self, now: float) -> Present:
+        """The adapters that wait, run, or did so a moment ago. Who has left is noticed a little late."""
+        if self._present is None or now - self._present.at > _PRESENT_FOR_S:
+            weight = used = 0.0
+            for queue in self._queues.values():
+                if queue.running or queue.ready or now - queue.served_at < _PRESENT_S:
+                    weight += queue.weight
+                    used += queue.counter * queue.weight
+            self._present = Present(now, weight, used / weight if weight else 0.0)
+        return self._present
 
     def _note_risen(self, risen: list[AdapterQueue], now: float) -> None:
         if not risen:
@@ -167,6 +181,8 @@ class WaitingQueues:
         else:
             self._floor = max(queue.counter for queue in self._queues.values())
         for queue in risen:
+            if not queue.running:
+                self._present = None
             queue.counter = max(queue.counter, self._floor)
             queue.served_at = now
             self._backlogged[queue] = None
