@@ -60,11 +60,26 @@ def test_the_field_at_fault_has_openais_name() -> None:
         ("top_k: must be at least -1", "top_k"),
         ("stop_words (in sampling_parameters): a stop string must not be empty", "stop"),
         ("text_input: the prompt has no tokens", "prompt"),
+        ("input_ids[3]: -1 is not a token of this model", "prompt[3]"),
         ("The server is confused: badly", None),
     ):
         told = chat(failing(server_error("validation", 422, message)))
         assert told.error["param"] == param
         assert "sampling_parameters" not in told.error["message"]
+
+
+def test_what_the_client_itself_cannot_send_is_the_callers_fault() -> None:
+    told = complete(failing(errors.ValidationError("`text_input` cannot be sent as BYTES: a lone surrogate")))
+    assert told.status == 400
+    assert told.error["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    "body", ["[" * 100_000, '{"model": "", "prompt": "x", "top_k": NaN}', '{"a": ' + "9" * 5000 + "}"]
+)
+def test_json_that_no_reader_takes_is_refused(body: str) -> None:
+    told = ask_raw(ScriptedBackend(), "POST", "/v1/completions", body.encode())
+    assert told.status == 400
 
 
 def test_a_prompt_that_is_too_long_has_openais_code() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lorax_triton.errors import LoraxError
+from lorax_triton.errors import LoraxError, ValidationError
 from lorax_triton.openai_api.answer import Answer, json_answer
 
-_FIELD = re.compile(r"^`?([a-z_]+(?:\[\d+\])?(?:\.[a-z_\[\]0-9]+)*)`?: ")
+# How messages begin that name the field at fault, the server's and the client's.
+_FIELD = re.compile(r"^([a-z_]+)((?:\[\d+\]|\.[a-z_0-9]+)*): |^`([a-z_]+)` ")
 # The server's names of fields where they differ from OpenAI's.
 _FIELD_NAMES = {
     "text_input": "prompt",
@@ -75,13 +76,14 @@ _KINDS: dict[str, tuple[int, str, str | None]] = {
 
 def from_lorax(error: LoraxError) -> ApiError:
     """The server's error in OpenAI's words; its cause is `error`."""
-    kind = error.error_type or ""
+    kind = error.error_type or ("validation" if isinstance(error, ValidationError) else "")
     status, word, code = _KINDS.get(kind) or _by_status(error, kind)
     message = error.message.replace(_INTERNAL, "")
     param = "model" if kind.startswith("adapter_") else None
     found = _FIELD.match(message)
     if found and status == 400:
-        param = _FIELD_NAMES.get(found[1], found[1])
+        name = found[1] or found[3]
+        param = _FIELD_NAMES.get(name, name) + (found[2] or "")
     if status == 400 and any(option in message for option in _TOO_LONG):
         code = "context_length_exceeded"
     result = ApiError(message, param, code, status, word)

@@ -31,12 +31,16 @@ def parse_body(body: bytes) -> dict[str, Any]:
         ApiError: it is none.
     """
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"We could not parse the JSON body of your request: {error}") from None
     if not isinstance(value, dict):
         raise ApiError(f"The body of your request must be a JSON object, not {noun(value)}.")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def noun(value: Any) -> str:

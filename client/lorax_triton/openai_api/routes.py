@@ -50,6 +50,8 @@ async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes
         answer = error.answer()
     except LoraxError as error:
         answer = from_lorax(error).answer()
+    except RecursionError:
+        answer = ApiError("The body of your request is nested too deeply.").answer()
     except Exception as error:
         _logger.exception("%s %s failed", method, path)
         answer = internal_error(error).answer()

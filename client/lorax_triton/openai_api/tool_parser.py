@@ -25,7 +25,8 @@ _MARKS = (HERMES, MISTRAL, PYTHON_TAG)
 MARK_TOKENS = frozenset({*_MARKS, _HERMES_END, "[ARGS]", "[CALL_ID]"})
 _BARE = ""
 _MISTRAL_NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*(?=\{)")
-_MISTRAL_NAME_BEGUN = re.compile(r"\s*[\w.-]*(?:\[[A-Z_]*\]?[\w-]*)*(?:\[[A-Z_]*)?\s*")
+_MISTRAL_NAME_BEGUN = re.compile(r"\s*[\w.-]*(?:\[[A-Z_]*(?:\][\w-]*)?)*\s*")
+_LONGEST_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class ToolCallParser:
             named = _MISTRAL_NAME.match(self._rest)
             if named:
                 return self._begin(self._format, named.end(), listed=False, name=named[1])
-            if _MISTRAL_NAME_BEGUN.fullmatch(self._rest):
+            if len(self._rest) <= _LONGEST_NAME and _MISTRAL_NAME_BEGUN.fullmatch(self._rest):
                 return False
         return self._no_call()
 
