@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 # Only a controlling terminal turns Ctrl-C into a signal: the first that the leader of a session opens becomes it.
 _PROGRAM = """
 import os, sys

@@ -200,14 +200,13 @@ def age(seconds: float) -> str:
 
 
 def _answer_text(answer: Mapping[str, Any]) -> str:
-    """An answer on one line: its status, then its other plain values."""
+    """An answer on one line: its status, then what it tells of the adapter."""
     status = str(answer.get("status", ""))
-    facts = []
-    for name, value in answer.items():
-        if name in ("status", "id", "adapter_id", "alias") or not isinstance(value, str | int | float):
-            continue
-        size = name.endswith("bytes") and not isinstance(value, str)
-        facts.append(f"{name} {byte_size(float(value)) if size else value}")
+    facts = [
+        f"{name} {byte_size(answer[name]) if name == 'bytes' else answer[name]}"
+        for name in ("tier", "rank", "bytes", "pinned")
+        if answer.get(name)
+    ]
     return ", ".join(part for part in (status, *facts) if part)
 
 
