@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = (), secret: bool = False) -> Any:
+    return field(
+        default=default, repr=not secret, metadata={"help": help_text, "choices": choices, "secret": secret}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,10 @@ class ServerConfig:
         "", 'JSON object, alias -> adapter id, or list of {"adapter_id", "weight"...}; see docs/parameters.md'
     )
     admin_api_key: str = _option(
-        "", "key that control commands which change something must carry as admin_key"
+        "",
+        "key that control commands which change something must carry as admin_key; give it by the environment, as "
+        "Triton shows everybody what config.pbtxt holds",
+        secret=True,
     )
     allow_unauthenticated_admin: bool = _option(
         False, "without admin_api_key, let everybody run commands that change something"
@@ -128,6 +133,14 @@ class ServerConfig:
 
 
 _ALIASES = {"huggingface_hub_cache": "hub_cache", "hf_model_id": "model_id", "hf_model_revision": "revision"}
+
+
+def split_secrets(texts: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Options as text, apart: those that may stand in `config.pbtxt`, and, as environment variables, those that may
+    not, because Triton shows the configuration of a model to whoever asks."""
+    secrets = {option.name for option in fields(ServerConfig) if option.metadata["secret"]}
+    shown = {name: text for name, text in texts.items() if name not in secrets}
+    return shown, {name.upper(): text for name, text in texts.items() if name in secrets}
 
 
 def _convert(name: str, kind: str, text: str, choices: tuple[str, ...]) -> Any:

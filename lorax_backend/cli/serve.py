@@ -18,6 +18,7 @@ from lorax_backend.cli.display import Display, Row, table
 from lorax_backend.cli.gateway import GatewayUsageError, check_libraries
 from lorax_backend.cli.log import progress_message, worth_showing
 from lorax_backend.cli.options import ServeOptions, taken_ports
+from lorax_backend.config import split_secrets
 from lorax_backend.gateway.config import GatewayConfig
 from lorax_backend.gateway.process import GatewayProcess
 from lorax_backend.server.installation import ServerNotFoundError, find_tritonserver
@@ -117,7 +118,7 @@ def serve(options: ServeOptions, display: Display) -> int:
         _fetch_model(options, display)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorax-triton-repository-")))
-            write_repository(folder, options.parameters)
+            write_repository(folder, split_secrets(options.parameters)[0])
             return _run_server(folder, options, display, forwarder)
     finally:
         display.close()
@@ -169,6 +170,7 @@ def _run_server(folder: Path, options: ServeOptions, display: Display, forwarder
             grpc_port=options.grpc_port,
             metrics_port=options.metrics_port,
             exit_timeout_s=options.drain_timeout_s,
+            env=split_secrets(options.parameters)[1],
         ),
         on_line=watcher.on_line,
     )

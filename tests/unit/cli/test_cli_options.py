@@ -9,7 +9,7 @@ import pytest
 
 from lorax_backend.cli.main import build_parser, main
 from lorax_backend.cli.options import ServeOptions, read_serve_options, taken_ports
-from lorax_backend.config import ServerConfig
+from lorax_backend.config import ServerConfig, load_config, split_secrets
 
 
 def read(*flags: str) -> ServeOptions:
@@ -126,3 +126,12 @@ def test_a_port_somebody_listens_on_is_named_with_its_flag() -> None:
         problems = [problem for problem in taken_ports(options) if "--metrics-port" not in problem]
     assert len(problems) == 1
     assert problems[0].startswith(f"--grpc-port {taken}: ")
+
+
+def test_a_secret_option_goes_by_the_environment_and_shows_nowhere() -> None:
+    shown, environment = split_secrets({"admin_api_key": "sesame", "max_batch_size": "4"})
+    assert shown == {"max_batch_size": "4"}
+    assert environment == {"ADMIN_API_KEY": "sesame"}
+    config = load_config({}, environment)
+    assert config.admin_api_key == "sesame"
+    assert "sesame" not in repr(config)
