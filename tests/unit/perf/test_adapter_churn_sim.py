@@ -1,0 +1,26 @@
+"""The server's order of eviction beats plain LRU where it claims to, and loses nowhere."""
+
+from __future__ import annotations
+
+import pytest
+from adapter_churn_sim import Lru, Served, Workload, simulate, workloads
+
+WORKLOADS = workloads(8_000, seed=3)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_the_servers_order_loses_to_lru_nowhere(workload: Workload) -> None:
+    lru, served = simulate(Lru(), workload), simulate(Served(), workload)
+    assert served.hit_ratio >= lru.hit_ratio - 0.01
+    assert served.cost <= lru.cost * 1.02
+
+
+@pytest.mark.parametrize("workload", WORKLOADS[:3], ids=lambda workload: workload.name)
+def test_under_zipf_traffic_it_misses_clearly_less(workload: Workload) -> None:
+    lru, served = simulate(Lru(), workload), simulate(Served(), workload)
+    assert 1 - served.hit_ratio < 0.92 * (1 - lru.hit_ratio)
+
+
+def test_there_is_no_cliff_when_adapters_are_twice_the_slots() -> None:
+    workload = WORKLOADS[-1]
+    assert simulate(Served(), workload).hit_ratio > 0.45
