@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -165,3 +166,31 @@ def test_an_answer_without_log_probabilities_never_wins() -> None:
     known = GenerationEvent(generated_tokens=4, cumulative_logprob=-8.0)
     assert mean_logprob(known) == -2.0
     assert mean_logprob(GenerationEvent(generated_tokens=4)) < mean_logprob(known)
+
+
+def test_many_requests_for_several_cancelled_at_random_leave_nothing_behind(
+    make_service: MakeService,
+) -> None:
+    chance = random.Random(4)
+    engine = FakeEngine(lambda request: [*request.prompt_ids * 3, 2])
+    service = make_service(engine, max_concurrent_requests=1000, max_best_of=4, max_requests_per_adapter=500)
+    channels = []
+    for number in range(120):
+        kind = chance.choice([{"n": 3}, {"best_of": 4, "do_sample": True}, {"n": 2, "temperature": 0.5}, {}])
+        fields = {"text_input": "some text", "adapter_id": f"a{number % 3}", "stream": "best_of" not in kind}
+        channel = RecordingChannel()
+        service.submit(RawRequest(str(number), fields, dict(kind)), channel)
+        channels.append(channel)
+        victim = chance.randrange(len(channels))
+        if number % 3 == 0:
+            channels[victim].cancelled = True
+        elif number % 3 == 1:
+            service.cancel(str(victim))
+    for channel in channels:
+        final = channel.wait_final()
+        assert final.finish_reason is not None or final.error["error_type"] == "cancelled"  # type: ignore[index]
+    assert service.drain(WAIT_S)
+    assert not service.admission._by_adapter
+    value = service.metrics.value
+    failed = value("lorax_request_failure", (("err", "dropped"),))
+    assert value("lorax_request_success") + failed == len(channels)
