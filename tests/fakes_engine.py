@@ -82,6 +82,7 @@ class FakeProvider:
         self.closed = False
         self.activations = 0
         self.copies = 0
+        self.copying: set[str] = set()  # adapters that have a slot, but whose weights are still on their way
         self.withheld: set[int] = set()  # handles that may not use their adapter (yet)
         self.prefetched: list[AdapterRef] = []
         self.commands: list[tuple[str, dict[str, Any]]] = []
@@ -169,6 +170,8 @@ class FakeProvider:
             self.copies += 1
             self.contents[slot] = self.key(name)
             self._slots[name] = slot
+        if name in self.copying:
+            return None
         slot = self._slots[name]
         self._slots[name] = self._slots.pop(name)
         self.users[name] = self.users.get(name, 0) + 1

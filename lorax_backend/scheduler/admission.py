@@ -83,6 +83,7 @@ class Admission:
         self.too_large: list[Sequence] = []  # their adapters never fit the device; the caller ends them
         self.num_prompt_tokens = 0
         self.num_cached_prompt_tokens = 0
+        self._max_weight = max([1.0, *settings.adapter_weights.values()])
         self._settings = settings
         self._adapters = adapters
         self._queues = queues
@@ -113,6 +114,8 @@ class Admission:
         if self._rows.free or not self._queues.has_backlog:
             return []
         total, num_rows = self._queues.present(now).weight, self._rows.num_rows
+        if total > num_rows * self._max_weight:
+            return []
         entitled = (
             queue
             for queue in self._queues.candidates(now)

@@ -235,6 +235,24 @@ def test_adapters_that_come_next_are_named_for_prefetching() -> None:
     assert [ref.id for ref in provider.prefetched] == ["b", "c"]
 
 
+def test_an_adapter_whose_copy_is_under_way_makes_nobody_yield() -> None:
+    clock = FakeClock()
+    provider = slots(2, "a", "b")
+    provider.copying.add("b")
+    core, runner, _ = make_core(make_settings(adapter_cycle_time_s=1.0), provider, clock=clock)
+    core.add(make_request(1, [1], "a", max_new_tokens=30))
+    core.step()
+    clock.now = 5.0
+    core.add(make_request(2, [1], "b"))
+    core.step()
+    core.add(make_request(3, [1], "a"))
+    core.step()
+    assert [handle for handle, _ in runner.batches[-1]] == [1, 3]
+    provider.copying.clear()
+    core.step()
+    assert {handle for handle, _ in runner.batches[-1]} == {1, 2, 3}
+
+
 def test_a_row_is_taken_back_from_a_flood_for_an_adapter_below_its_share() -> None:
     provider = slots(4, "flood", "victim")
     core, runner, _ = make_core(make_settings(num_blocks=200), provider)

@@ -15,6 +15,7 @@ two of them its queue waits no longer than F and one service of every other queu
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from fakes_engine import FakeAdapter, FakeProvider, make_request, make_settings
 from hypothesis import given, settings
@@ -140,7 +141,7 @@ def test_an_adapter_under_continuous_traffic_cannot_keep_its_room() -> None:
     limit = (_SLOTS + 1) * _SLICE + 2 * _LIFE
     for steps in starts.values():
         ordered = sorted([*steps, simulation.num_steps])
-        assert max(b - a for a, b in zip(ordered, ordered[1:], strict=False)) <= limit
+        assert max(b - a for a, b in pairwise(ordered)) <= limit
     shares = sorted(simulation.tokens_of.values())
     assert shares[-1] <= 1.25 * shares[0]
 
