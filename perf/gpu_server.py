@@ -123,11 +123,10 @@ def server(model: Path, **options: object) -> Iterator[TritonServer]:
             yield running
 
 
-def _host_bytes(adapters: list[str], factor: int) -> int:
-    """Host memory for all of them, with room to spare; `factor` is the element size over that of the files."""
-    return factor * 5 * sum(
-        Path(folder, "adapter_model.safetensors").stat().st_size for folder in adapters
-    ) // 4 + (64 << 20)
+def _host_bytes(adapters: list[str], factor: int, limit_gib: float) -> int:
+    """Host memory for all of them, with room to spare, or the limit; `factor` is the element size over the files'."""
+    size = sum(Path(folder, "adapter_model.safetensors").stat().st_size for folder in adapters)
+    return min(factor * 5 * size // 4 + (64 << 20), int(limit_gib * 2**30))
 
 
 def check(model: Path, adapters: list[str], args: argparse.Namespace, vocab: int) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def check(model: Path, adapters: list[str], args: argparse.Namespace, vocab: int
         for i in range(args.check_streams)
     ]  # fmt: skip
     with server(
-        model, dtype="float32", adapter_pages=80, adapter_host_bytes=_host_bytes(adapters, 2)
+        model, dtype="float32", adapter_pages=80, adapter_host_bytes=_host_bytes(adapters, 2, args.host_gib)
     ) as running:
         together = run_streams(running.grpc_address, requests)
         alone = [run_streams(running.grpc_address, [request])[0] for request in requests]
@@ -193,7 +192,10 @@ def measure(model: Path, adapters: list[str], args: argparse.Namespace, vocab: i
             flush=True,
         )
 
-    options = {"adapter_pages": 2 * len(adapters) + 8, "adapter_host_bytes": _host_bytes(adapters, 1)}
+    options = {
+        "adapter_pages": 2 * len(adapters) + 8,
+        "adapter_host_bytes": _host_bytes(adapters, 1, args.host_gib),
+    }
     with server(model, **options) as running:
         address = running.grpc_address
         started = time.monotonic()
@@ -219,6 +221,9 @@ def main() -> None:
         "--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32, 64, 128]
     )
     parser.add_argument("--adapters", type=int, default=128)
+    parser.add_argument(
+        "--host-gib", type=float, default=4.0, help="most page-locked host memory for adapters"
+    )
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--long-prompt", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=128)
