@@ -290,7 +290,8 @@ class AdapterLoading:
         self.host.add(record, weights)
         record.move(AdapterStatus.ON_HOST)
         self.counters.loaded(HOST, seconds)
-        self.counters.hits[record.load_tier] += sum(handle >= 0 for handle in record.handles)
+        self.counters.hits[record.load_tier] += record.uncounted
+        record.uncounted = 0
 
     def _count(self, record: AdapterRecord, handle: int) -> None:
         record.last_used = self._clock()
@@ -300,11 +301,14 @@ class AdapterLoading:
         self.host.order.hit(record.ref)
         if record.is_loaded:
             self.counters.hits[HOST if record.slot is None else DEVICE] += 1
+        else:
+            record.uncounted += 1
 
     def _fail(self, record: AdapterRecord, error: AdapterError) -> None:
         """End the requests this failure concerns. Whether a token may read an adapter, or what is wrong with a private
         one, is no other token's business: requests with other tokens get a fetch of their own."""
         self.counters.failed_loads += 1
+        record.uncounted = 0
         record.move(AdapterStatus.FAILED, error.message)
         record.plan = record.files = None
         public = record.permissions.public

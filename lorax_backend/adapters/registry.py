@@ -92,6 +92,7 @@ class AdapterRecord:
         pinned: "device" or "host" if it must stay there; "" if not.
         retired: replaced or unloaded: lives only as long as its requests.
         replaces: the record that this one is to replace once it is loaded.
+        uncounted: requests that came before it was loaded, to be counted as hits of the tier it comes from.
         claimed_until: time until which a slot just filled is kept for those who asked for it.
     """
 
@@ -121,6 +122,7 @@ class AdapterRecord:
     replaces: AdapterRecord | None = field(default=None, repr=False)
     claimed_until: float = 0.0
     load_tier: str = ""
+    uncounted: int = 0
     hits: int = 0
     last_used: float = 0.0
 
