@@ -65,6 +65,7 @@ def test_green_lists_are_the_same_on_every_device() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_processor_waits_for_the_device() -> None:
     items = rows()
     device = torch.device("cuda")
