@@ -155,13 +155,28 @@ class Scheduler:
                 f"the step drew {len(result.token_ids)} tokens for {batch.num_sampled} sequences"
             )
         outputs = []
-        draws = enumerate(zip(result.token_ids, result.logprobs, result.top_logprobs, strict=True))
+        tokens, block_size = result.token_ids, self.settings.block_size
+        entry = -1
         for item in batch.sequences:
-            if item.sample:
-                entry, drawn = next(draws)
-                item.seq.num_in_flight -= 1
-                if item.seq.status is not SequenceStatus.FINISHED:
-                    outputs.append(self._append(item.seq, *drawn, result.prompt_logprobs.get(entry)))
+            if not item.sample:
+                continue
+            entry += 1
+            seq = item.seq
+            seq.num_in_flight -= 1
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            seq.token_ids.append(tokens[entry])
+            if seq.num_computed // block_size > seq.num_registered:
+                self.blocks.register(seq)
+            reason = _end(seq)
+            if reason is not None:
+                self._finish(seq)
+            output = TokenOutput(
+                seq.handle, tokens[entry], result.logprobs[entry], result.top_logprobs[entry], reason
+            )
+            if len(seq.token_ids) == seq.prompt_len + 1:
+                output = _with_first_token(output, seq, result.prompt_logprobs.get(entry))
+            outputs.append(output)
         self.num_generated_tokens += len(outputs)
         self._leases.step_done()
         return outputs
@@ -260,40 +275,6 @@ class Scheduler:
             )
             self._errors += self.end_with_error(seq.handle, AdapterTooLargeError(message))
 
-    def _append(
-        self,
-        seq: Sequence,
-        token_id: int,
-        logprob: float | None,
-        top_logprobs: tuple[tuple[int, float], ...] | None,
-        prompt_logprobs: tuple[float, ...] | None,
-    ) -> TokenOutput:
-        seq.token_ids.append(token_id)
-        generated, sampling = len(seq.token_ids) - seq.prompt_len, seq.sampling
-        reason = None
-        if generated >= sampling.max_new_tokens:
-            reason = FinishReason.LENGTH
-        elif token_id in sampling.stop_token_ids and generated > sampling.min_new_tokens:
-            reason = FinishReason.EOS
-        if seq.num_computed // self.settings.block_size > seq.num_registered:
-            self.blocks.register(seq)
-        if reason is not None:
-            self._finish(seq)
-        if generated > 1 or seq.first_scheduled is None:
-            return TokenOutput(seq.handle, token_id, logprob, top_logprobs, reason)
-        queue_s = seq.first_scheduled - seq.arrival
-        return TokenOutput(
-            seq.handle,
-            token_id,
-            logprob,
-            top_logprobs,
-            reason,
-            None,
-            seq.num_cached,
-            queue_s,
-            prompt_logprobs if seq.sampling.prompt_logprobs else None,
-        )
-
     def _finish(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
             self._stop_running(seq)
@@ -322,3 +303,25 @@ class Scheduler:
         if not queue.running:
             queue.served_at = self._clock()
             self._admission.rotation.stop(queue)
+
+
+def _end(seq: Sequence) -> FinishReason | None:
+    """Why the last known token is the last of all, if it is."""
+    generated, sampling = len(seq.token_ids) - seq.prompt_len, seq.sampling
+    if generated >= sampling.max_new_tokens:
+        return FinishReason.LENGTH
+    if seq.token_ids[-1] in sampling.stop_token_ids and generated > sampling.min_new_tokens:
+        return FinishReason.EOS
+    return None
+
+
+def _with_first_token(
+    output: TokenOutput, seq: Sequence, prompt_logprobs: tuple[float, ...] | None
+) -> TokenOutput:
+    """What is told once for each sequence."""
+    assert seq.first_scheduled is not None
+    return output._replace(
+        cached_tokens=seq.num_cached,
+        queue_s=seq.first_scheduled - seq.arrival,
+        prompt_logprobs=prompt_logprobs if seq.sampling.prompt_logprobs else None,
+    )
