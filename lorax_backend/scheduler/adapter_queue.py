@@ -29,7 +29,7 @@ class AdapterQueue:
     number: int
     weight: float = 1.0
     counter: float = 0.0
-    served_at: float = 0.0
+    served_at: float = float("-inf")
     running: int = 0
     ready: list[Sequence] = field(default_factory=list)
     loading: list[Sequence] = field(default_factory=list)

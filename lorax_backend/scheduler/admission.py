@@ -11,7 +11,7 @@ queue that has had its part goes behind the others in the same step. What is pas
 - While several adapters are about, a flood of one must not be felt by the others. None computes more than a quarter of
   a step's tokens in prompts (256 at least), so steps stay short. The last eighth of rows and of blocks is kept from
   those that have more than their share, unless they are overdue. And when no row is free all the same, an adapter with
-  less than its share takes one from an adapter that keeps its share without it (`to_reclaim`), as long as it needs no
+  less than its share takes one from an adapter that keeps its share without it (see reclaim), as long as it needs no
   copy first.
 """
 
@@ -42,7 +42,6 @@ _MAX_PREFETCHED = 4
 _HEADROOM = 8  # one part in this many of rows and blocks
 _PROMPT_PART = 4  # one part in this many of a step's tokens
 _MIN_PROMPT_PART = 256  # tokens; steps get no shorter by less
-_MAX_RECLAIMED = 4  # rows of one step
 
 
 @dataclass(slots=True)
@@ -83,7 +82,6 @@ class Admission:
         self.too_large: list[Sequence] = []  # their adapters never fit the device; the caller ends them
         self.num_prompt_tokens = 0
         self.num_cached_prompt_tokens = 0
-        self._max_weight = max([1.0, *settings.adapter_weights.values()])
         self._settings = settings
         self._adapters = adapters
         self._queues = queues
@@ -107,40 +105,6 @@ class Admission:
             self._serve(step, {**dict.fromkeys(waiting), **under_way})
         if backlogged:
             self._prefetch()
-
-    def to_reclaim(self, now: float) -> list[Sequence]:
-        """Running sequences that give up their rows before this step, because adapters that have been given less and
-        have less than their share of rows can use them: one row for each. The first in serving order never does."""
-        if self._rows.free or not self._queues.has_backlog:
-            return []
-        total, num_rows = self._queues.present(now).weight, self._rows.num_rows
-        if total > num_rows * self._max_weight:
-            return []
-        entitled = (
-            queue
-            for queue in self._queues.candidates(now)
-            if (queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue)
-        )
-        claims = sorted(queue.counter for queue in islice(entitled, _MAX_RECLAIMED))
-        victims: list[Sequence] = []
-        taken: Counter[AdapterQueue] = Counter()
-        for seq in reversed(self._rows.sequences[1:] if claims else []):
-            queue = queue_of(seq)
-            left = queue.running - taken[queue] - 1
-            if left * total >= num_rows * queue.weight and queue.counter > claims[len(victims)]:
-                taken[queue] += 1
-                victims.append(seq)
-                if len(victims) == len(claims):
-                    break
-        return victims
-
-    def _could_start(self, queue: AdapterQueue) -> bool:
-        cap = self._settings.max_running_per_adapter
-        if not queue.ready or queue.ready[0].num_in_flight or self.rotation.is_closed(queue):
-            return False
-        if cap and queue.running >= cap:
-            return False
-        return queue.ref is None or queue.running > 0 or self._adapters.is_on_device(queue.ref)
 
     def _serve(self, step: _Step, queues: Iterable[AdapterQueue]) -> None:
         heap = [(self._order(queue, step.now), queue) for queue in queues]

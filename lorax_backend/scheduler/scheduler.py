@@ -20,6 +20,7 @@ from lorax_backend.scheduler.block_manager import BlockManager
 from lorax_backend.scheduler.deadlines import QueueDeadlines
 from lorax_backend.scheduler.leases import AdapterRoom
 from lorax_backend.scheduler.plan import StepPlan
+from lorax_backend.scheduler.reclaim import RowReclaim
 from lorax_backend.scheduler.rows import RunningRows
 from lorax_backend.scheduler.sequence import ScheduledBatch, Sequence, SequenceStatus, StepResult
 from lorax_backend.scheduler.settings import SchedulerSettings
@@ -46,6 +47,7 @@ class Scheduler:
         self._running = self._rows.sequences
         self._admission = Admission(settings, adapters, self._waiting, self._rows, self.blocks)
         self._leases = self._admission.leases
+        self._reclaim = RowReclaim(settings, adapters, self._waiting, self._rows, self._admission.rotation)
         self._errors: list[TokenOutput] = []
 
     @property
@@ -122,7 +124,7 @@ class Scheduler:
         # While something runs, the adapters under way are looked at in turn; else the engine goes to sleep after this.
         limit = {} if self._running else {"at_most": None}
         self._waiting.promote(self._adapters.is_ready, now, **limit)
-        for seq in self._admission.to_reclaim(now):
+        for seq in self._reclaim.victims(now):
             self._preempt(seq)
         plan = StepPlan(self.settings.step_budget, prefill_first=self._admission.prefill_turn)
         self._admission.prefill_turn = False

@@ -181,8 +181,8 @@ class WaitingQueues:
         else:
             self._floor = max(queue.counter for queue in self._queues.values())
         for queue in risen:
-            if not queue.running:
-                self._present = None
+            if self._present is not None and not queue.running and now - queue.served_at >= _PRESENT_S:
+                self._present = self._present._replace(weight=self._present.weight + queue.weight)
             queue.counter = max(queue.counter, self._floor)
             queue.served_at = now
             self._backlogged[queue] = None
