@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from lorax_backend.gateway.adapter_routes import ACTIONS
 from lorax_backend.gateway.responses import ErrorResponse, StreamResponse
 from lorax_backend.gateway.routes import OPERATIONS, Operation
 
@@ -62,10 +63,12 @@ def _operation(operation: Operation) -> dict[str, Any]:
         },
     }
     parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": name, "in": "path", "required": True, "schema": dict[str, Any](type="string")}
         for name in ("action", "model")
         if f"{{{name}" in operation.path
     ]
+    if "{action}" in operation.path:
+        parameters[0]["schema"]["enum"] = list(ACTIONS)
     if operation.path == "/metrics":
         kinds = {"type": "string", "enum": ["json", "prometheus"]}
         parameters.append({"name": "format", "in": "query", "required": False, "schema": kinds})
@@ -78,12 +81,15 @@ def _operation(operation: Operation) -> dict[str, Any]:
 
 
 def _content(operation: Operation) -> dict[str, Any]:
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    # No schema: the format describes one body, and a stream is many; its events are StreamResponse.
+    events: dict[str, Any] = {"text/event-stream": {}}
     if operation.path == "/metrics":
         return {
             "text/plain": {"schema": {"type": "string"}},
             "application/json": {"schema": {"type": "object"}},
         }
+    if operation.answer == "text/event-stream":
+        return events
     if isinstance(operation.answer, str):
         kind = "object" if operation.answer == "application/json" else "string"
         content: dict[str, Any] = {operation.answer: {"schema": {"type": kind}}}
