@@ -1,4 +1,7 @@
-"""Rows that a flood gives back, when no row is free, to adapters that have less than their share."""
+"""Rows that a flood gives back, when no row is free, to adapters that have less than half their share.
+
+Half, because what is taken back must be computed again: the chances of ordinary traffic are left to even out.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class RowReclaim:
 
     def victims(self, now: float) -> list[Sequence]:
         """Running sequences that give up their rows before this step, because adapters that have been given less and
-        have less than their share of rows can use them: one row for each. The first in serving order never does."""
+        have not half their share of rows can use them: one row for each. The first in serving order never does."""
         if self._rows.free or not self._queues.has_backlog:
             return []
         total, num_rows = self._queues.present(now).weight, self._rows.num_rows
@@ -46,7 +49,7 @@ class RowReclaim:
         entitled = (
             queue
             for queue in self._queues.candidates(now)
-            if (queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue)
+            if (2 * queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue)
         )
         claims = sorted(queue.counter for queue in islice(entitled, _MAX_RECLAIMED))
         victims: list[Sequence] = []

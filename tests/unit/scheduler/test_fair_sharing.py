@@ -201,7 +201,7 @@ def test_a_busy_adapter_yields_its_room_within_a_slice_and_what_runs() -> None:
 
 @pytest.mark.parametrize("num_adapters", [8, 16])
 def test_adapters_twice_the_slots_cost_no_cliff(num_adapters: int) -> None:
-    """At most one copy a request and preemption, and much fewer while requests queue."""
+    """Copies grow gently, since requests for an adapter on the device are taken together, and answers keep coming."""
     draw = random.Random(3)
     names = [f"adapter-{n}" for n in range(num_adapters)]
     provider = slots(8, *names)
@@ -213,7 +213,7 @@ def test_adapters_twice_the_slots_cost_no_cliff(num_adapters: int) -> None:
     simulation.run(arrivals)
     busy_s = simulation.clock.now
     copies = provider.copies
-    assert copies <= 800 * (0.35 if num_adapters > 8 else 0.02)
+    assert copies <= 800 * (0.45 if num_adapters > 8 else 0.02)
     assert busy_s <= 800 * 30 * 0.0125 / 16 * 1.25
 
 
@@ -253,7 +253,7 @@ def test_an_adapter_whose_copy_is_under_way_makes_nobody_yield() -> None:
     assert {handle for handle, _ in runner.batches[-1]} == {1, 2, 3}
 
 
-def test_a_row_is_taken_back_from_a_flood_for_an_adapter_below_its_share() -> None:
+def test_rows_are_taken_back_from_a_flood_for_an_adapter_with_less_than_half_its_share() -> None:
     provider = slots(4, "flood", "victim")
     core, runner, _ = make_core(make_settings(num_blocks=200), provider)
     core.add(make_request(100, [1], "victim", max_new_tokens=1))
@@ -268,7 +268,8 @@ def test_a_row_is_taken_back_from_a_flood_for_an_adapter_below_its_share() -> No
     for _ in range(6):
         core.step()
     counts = [sum(1 for handle, _ in runner.batches[-1] if handle > 100), len(runner.batches[-1])]
-    assert counts == [4, 8]
+    assert counts == [2, 8]
+    assert core.scheduler.num_preemptions == 1
 
 
 @pytest.mark.parametrize(
