@@ -173,14 +173,11 @@ class _HubClient:
     ref: AdapterRef
     token: str | None = field(repr=False)
     started: float = field(default_factory=time.monotonic)
-
-    @property
-    def _endpoint(self) -> str | None:
-        return os.environ.get("HF_ENDPOINT") or None
+    endpoint: str | None = field(default_factory=lambda: os.environ.get("HF_ENDPOINT") or None)
 
     def describe(self) -> Any:
         """The repository's `ModelInfo` at the revision; raises unless the token may read its files."""
-        api = HfApi(endpoint=self._endpoint, token=self.token or False, library_name="lorax-triton")
+        api = HfApi(endpoint=self.endpoint, token=self.token or False, library_name="lorax-triton")
         info = self._try(
             lambda: api.model_info(
                 self.ref.id,
@@ -190,7 +187,7 @@ class _HubClient:
             )
         )
         if info.gated:  # its description is public, its files are not
-            url = hf_hub_url(self.ref.id, CONFIG_NAME, revision=info.sha, endpoint=self._endpoint)
+            url = hf_hub_url(self.ref.id, CONFIG_NAME, revision=info.sha, endpoint=self.endpoint)
             self._try(
                 lambda: get_hf_file_metadata(url, token=self.token or False, timeout=_REQUEST_TIMEOUT_S)
             )
@@ -206,7 +203,7 @@ class _HubClient:
                 name,
                 revision=revision,
                 cache_dir=self.source.cache_dir,
-                endpoint=self._endpoint,
+                endpoint=self.endpoint,
                 token=self.token or False,
                 etag_timeout=_REQUEST_TIMEOUT_S,
                 library_name="lorax-triton",
