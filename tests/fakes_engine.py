@@ -465,7 +465,8 @@ class FakeEngineBuilder:
         settings = make_settings(
             num_blocks=1024, max_num_seqs=64, max_batch_tokens=256, max_total_tokens=4096
         )
-        provider = FakeProvider({"falcon": FakeAdapter(), "otter": FakeAdapter()})
+        late = FakeAdapter(polls=None)
+        provider = FakeProvider({"falcon": FakeAdapter(), "otter": FakeAdapter(), "late": late})
         runner = FakeRunner(
             settings, provider, fail_result=set(self.fail_result), step_seconds=self.step_seconds
         )

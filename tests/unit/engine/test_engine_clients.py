@@ -130,6 +130,15 @@ def test_an_error_reaches_only_the_request_it_is_about(start: Start) -> None:
     owner.assert_answered(good)
 
 
+def test_a_request_gives_up_in_time_though_nothing_else_wakes_the_engine(start: Start) -> None:
+    engine, owner = start()
+    engine.submit(make_request(1, adapter="late", queue_timeout_s=0.1))
+    owner.wait(lambda: owner.is_over(1))
+    [output] = owner.of(1)
+    assert output.error is not None
+    assert output.error["error_type"] == "overloaded"
+
+
 def test_a_cancelled_request_stops_and_frees_its_blocks(start: Start) -> None:
     engine, owner = start(step_seconds=0.001)
     engine.submit(make_request(1, **_FOREVER))
