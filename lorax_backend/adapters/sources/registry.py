@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from pathlib import Path
 
 from lorax_backend.adapters.disk_cache import DiskCache
@@ -13,18 +15,25 @@ from lorax_backend.adapters.sources.pbase import PbaseSource
 from lorax_backend.adapters.sources.s3 import S3Source
 from lorax_backend.config import ServerConfig
 
+_log = logging.getLogger(__name__)
+
 
 def create_disk_cache(config: ServerConfig) -> DiskCache:
-    """The disk cache of a server, in `adapter_disk_cache` or the user's cache folder.
+    """The disk cache of a server: in `adapter_disk_cache`, or in the user's cache folder, or, where that cannot be
+    written, in a temporary folder, which does not survive.
 
     Raises:
-        ValueError: its folder cannot be made.
+        ValueError: the folder that the option names cannot be made.
     """
     if config.adapter_disk_cache:
-        root = Path(config.adapter_disk_cache)
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorax-triton" / "adapters"
-    return DiskCache(Path(os.path.abspath(root)), config.adapter_disk_bytes)
+        return DiskCache(Path(os.path.abspath(config.adapter_disk_cache)), config.adapter_disk_bytes)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    try:
+        return DiskCache(caches.absolute() / "lorax-triton" / "adapters", config.adapter_disk_bytes)
+    except ValueError as error:
+        root = Path(tempfile.mkdtemp(prefix="lorax-triton-adapters-"))
+        _log.warning("%s; downloaded adapters go to %s and are lost with it", error, root)
+        return DiskCache(root, config.adapter_disk_bytes)
 
 
 def create_sources(config: ServerConfig, disk: DiskCache | None = None) -> dict[str, AdapterSource]:

@@ -15,6 +15,8 @@ from hub_server import HubServer
 
 from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
 from lorax_backend.adapters.sources.hub import HubSource
+from lorax_backend.adapters.sources.registry import create_disk_cache
+from lorax_backend.config import ServerConfig
 from lorax_backend.errors import AdapterDownloadError, AdapterTooLargeError
 from lorax_backend.types import AdapterRef
 
@@ -114,6 +116,19 @@ def test_a_purge_of_one_adapter_leaves_the_others(tmp_path: Path) -> None:
     assert cache.purge("s3", "a") == 2 * SIZE
     assert names(cache) == ["b"]
     assert cache.purge("hub", "b") == 0
+
+
+def test_a_server_without_a_cache_folder_starts_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cache = create_disk_cache(ServerConfig())
+    assert cache.root.parent == tmp_path
+    assert "are lost" in caplog.text
+    with pytest.raises(ValueError, match="adapter_disk_cache"):
+        create_disk_cache(ServerConfig(adapter_disk_cache=str(tmp_path / "file" / "x")))
 
 
 # With the hub's own layout
