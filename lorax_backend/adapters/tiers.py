@@ -147,7 +147,8 @@ class HostTier(_Tier):
     ) -> tuple[tuple[float, int], int, HostRoom] | None:
         """The window that begins with a segment: rank of its best record, number of victims, and the room."""
         pages, victims, worst = 0, [], (-1.0, -1)
-        for _, count, place in segments[index:]:
+        for position in range(index, len(segments)):  # a slice would copy the whole list for each window
+            _, count, place = segments[position]
             if place is not None:
                 if not _may_leave_host(place):
                     return None
