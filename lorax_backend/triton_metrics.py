@@ -34,6 +34,7 @@ class MetricsMirror:
         self._interval_s = interval_s
         self._families: dict[str, Any] = {}
         self._series: dict[tuple[str, Labels], Any] = {}
+        self._values: dict[tuple[str, Labels], float] = {}  # of counters and gauges, to make a series anew
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics-mirror", daemon=True)
         try:
@@ -57,21 +58,44 @@ class MetricsMirror:
         self._flush()
 
     def _flush(self) -> None:
-        for update in self._registry.drain():
+        updates = self._registry.drain()
+        try:
+            self._remove({(update.spec.name, update.labels) for update in updates if update.removed})
+        except Exception:
+            _log.exception("old series could not be taken off the metrics page")
+        for update in updates:
             try:
                 self._apply(update)
             except Exception:
                 _log.exception("metric %s could not be mirrored", update.spec.name)
 
     def _apply(self, update: MetricUpdate) -> None:
-        series = self._get(update.spec, update.labels)
+        if update.removed:
+            return
+        series, key = self._get(update.spec, update.labels), (update.spec.name, update.labels)
         if update.spec.kind == COUNTER:
             series.increment(update.amount)
+            self._values[key] = self._values.get(key, 0.0) + update.amount
         elif update.spec.kind == GAUGE:
             series.set(update.amount)
+            self._values[key] = update.amount
         else:
             for value in update.values:
                 series.observe(value)
+
+    def _remove(self, gone: set[tuple[str, Labels]]) -> None:
+        """Take series of counters and gauges off the page. Triton lets go of a series only with its whole family, so
+        the family is made anew with those that stay."""
+        for key in gone:
+            self._values.pop(key, None)
+        for name in {name for name, _ in gone}:
+            spec = self._registry.specs[name]
+            kept = [key for key in self._series if key[0] == name and key not in gone]
+            for key in [key for key in self._series if key[0] == name]:
+                del self._series[key]
+            self._families.pop(name, None)
+            for key in kept:
+                self._apply(MetricUpdate(spec, key[1], self._values.pop(key, 0.0)))
 
     def _get(self, spec: MetricSpec, labels: Labels) -> Any:
         series = self._series.get((spec.name, labels))

@@ -25,23 +25,27 @@ def length_buckets(longest: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """One metric family. `labels` lists every label set it will ever have, so that all series exist from the start."""
+    """One metric family. `labels` lists the label sets that exist from the start, and every one it will ever have but
+    those of a family with `open_names`: labels whose values come up as it goes, and whose owner keeps them few."""
 
     name: str
     kind: str
     doc: str
     buckets: tuple[float, ...] = ()
     labels: tuple[Labels, ...] = ((),)
+    open_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MetricUpdate:
-    """What to do to one series of a mirror: add `amount` (counter), set it (gauge), or observe each of `values`."""
+    """What to do to one series of a mirror: add `amount` (counter), set it (gauge), observe each of `values`, or drop
+    the series if it is `removed`."""
 
     spec: MetricSpec
     labels: Labels
     amount: float = 0.0
     values: Sequence[float] = ()
+    removed: bool = False
 
 
 @dataclass(slots=True)
@@ -59,6 +63,7 @@ class MetricsRegistry:
     def __init__(self, specs: Iterable[MetricSpec]) -> None:
         self._lock = threading.Lock()
         self._mirrored = False
+        self._removed: set[tuple[str, Labels]] = set()
         self.specs: dict[str, MetricSpec] = {spec.name: spec for spec in specs}
         self._series: dict[tuple[str, Labels], _Series] = {
             (spec.name, labels): _Series(counts=[0] * (len(spec.buckets) + 1))
@@ -92,6 +97,33 @@ class MetricsRegistry:
             if self._mirrored and len(series.fresh) < _KEPT_OBSERVATIONS:
                 series.fresh.append(value)
 
+    def raise_histogram_to(self, name: str, counts: Sequence[int], total: float, labels: Labels = ()) -> None:
+        """Bring a histogram to `counts` per bucket and a sum of `total` counted elsewhere; smaller counts are ignored.
+
+        A mirror is told observations that make up the same counts and the same sum.
+        """
+        with self._lock:
+            series = self._get(name, labels)
+            added = [new - old for new, old in zip(counts, series.counts, strict=True)]
+            if min(added) < 0 or not any(added):
+                return
+            if self._mirrored:
+                values = _stand_ins(self.specs[name].buckets, added, total - series.value)
+                series.fresh += values[: _KEPT_OBSERVATIONS - len(series.fresh)]
+            series.counts, series.value, series.total = list(counts), total, sum(counts)
+
+    def set_only(self, name: str, labels: Labels, value: float) -> None:
+        """Set a gauge whose labels carry what it tells: its other series go."""
+        with self._lock:
+            for key in [key for key in self._series if key[0] == name and key[1] != labels]:
+                self._remove(key)
+            self._get(name, labels).value = value
+
+    def remove(self, name: str, labels: Labels) -> None:
+        """Forget a series; it starts anew when it moves again."""
+        with self._lock:
+            self._remove((name, labels))
+
     def value(self, name: str, labels: Labels = ()) -> float:
         """A counter's or gauge's value; the sum of a histogram's values."""
         with self._lock:
@@ -103,10 +135,16 @@ class MetricsRegistry:
             return self._get(name, labels).total
 
     def drain(self) -> list[MetricUpdate]:
-        """What changed since the last call, for the one mirror. Single observations are kept from the first call on."""
-        updates = []
+        """What changed since the last call, for the one mirror. Single observations are kept from the first call on; of
+        what was observed before, counts and sums alone are told, as by `raise_histogram_to`. Removals come first."""
         with self._lock:
-            self._mirrored = True
+            if not self._mirrored:
+                for (name, _), series in self._series.items():
+                    if series.total:
+                        series.fresh = _stand_ins(self.specs[name].buckets, series.counts, series.value)
+                self._mirrored = True
+            updates = [MetricUpdate(self.specs[name], labels, removed=True) for name, labels in self._removed]
+            self._removed.clear()
             for (name, labels), series in self._series.items():
                 spec = self.specs[name]
                 if spec.kind == HISTOGRAM:
@@ -130,12 +168,33 @@ class MetricsRegistry:
                         lines += _render(spec, labels, series)
         return "\n".join(lines) + "\n"
 
+    def _remove(self, key: tuple[str, Labels]) -> None:
+        if self._series.pop(key, None) is not None and self._mirrored:
+            self._removed.add(key)
+
     def _get(self, name: str, labels: Labels) -> _Series:
         series = self._series.get((name, labels))
         if series is None:
             spec = self.specs[name]
             series = self._series[name, labels] = _Series(counts=[0] * (len(spec.buckets) + 1))
         return series
+
+
+def _stand_ins(bounds: Sequence[float], counts: Sequence[int], total: float) -> list[float]:
+    """Values of which `counts` fall into each bucket and which sum up to `total`, if such values exist: as far along
+    each bucket as is needed."""
+    lows = (0.0, *bounds)
+    rest = total - sum(count * low for count, low in zip(counts, lows, strict=True))
+    room = sum(count * (high - low) for count, low, high in zip(counts, lows, bounds, strict=False))
+    along = min(1.0, max(1e-6, rest / room)) if room else 1e-6
+    beyond = max(0.0, rest - room) / counts[-1] if counts[-1] else 0.0
+    if counts[-1]:
+        beyond = max(beyond, 1e-6 * bounds[-1])
+    values = []
+    for index, count in enumerate(counts):
+        last = index == len(bounds)
+        values += [lows[index] + (beyond if last else along * (bounds[index] - lows[index]))] * count
+    return values
 
 
 def _render(spec: MetricSpec, labels: Labels, series: _Series) -> list[str]:

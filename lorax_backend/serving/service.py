@@ -103,7 +103,10 @@ class GenerationService:
             self.stop(1.0)
             raise
         self._limits = Limits.of(info)
-        self._metrics = ServiceMetrics(info.max_input_length, info.max_total_tokens)
+        self._metrics = ServiceMetrics(
+            info.max_input_length, info.max_total_tokens, self.config.default_adapter_source
+        )
+        self._metrics.adapters.config(info)
         for sender in self._senders:
             sender.start()
         self._poller.start()
@@ -333,9 +336,10 @@ class GenerationService:
         if live.group is None or live.group.closed_by(live):
             tokens = live.group.generated_tokens if live.group else event.generated_tokens
             if event.error is not None:
-                self._metrics.failed(str(event.error.get("error_type")))
+                self._metrics.failed(str(event.error.get("error_type")), live.request)
             else:
-                self._metrics.succeeded(event.timings or {}, tokens)
+                adapter = live.request.adapter if live.request is not None else None
+                self._metrics.succeeded(event.timings or {}, tokens, adapter)
                 self.admission.finished((event.timings or {}).get("total", 0.0))
         self.admission.leave(live.handle)
         self._live.remove(live)

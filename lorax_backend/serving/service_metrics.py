@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorax_backend.serving.adapter_metrics import AdapterMetrics, adapter_specs
 from lorax_backend.serving.metrics import (
     COUNTER,
     DURATION_BUCKETS,
@@ -11,7 +12,7 @@ from lorax_backend.serving.metrics import (
     MetricsRegistry,
     length_buckets,
 )
-from lorax_backend.types import EngineStats
+from lorax_backend.types import AdapterRef, EngineStats, GenerateRequest
 
 _KINDS = ("generate", "stream")
 # LoRAX's words where it has one; adapter failures keep their finer kinds.
@@ -62,7 +63,9 @@ _STATS_COUNTERS = {
 }
 
 
-def _specs(max_input_length: int, max_total_tokens: int) -> list[MetricSpec]:
+def service_specs(max_input_length: int, max_total_tokens: int) -> list[MetricSpec]:
+    """Every family that the service moves."""
+
     def seconds(name: str, doc: str) -> MetricSpec:
         return MetricSpec(name, HISTOGRAM, doc + " in seconds", DURATION_BUCKETS)
 
@@ -85,14 +88,16 @@ def _specs(max_input_length: int, max_total_tokens: int) -> list[MetricSpec]:
         MetricSpec("lorax_request_max_new_tokens", HISTOGRAM, "most tokens a request allowed", totals),
         *(MetricSpec(name, GAUGE, doc) for name, (_, doc) in _STATS_GAUGES.items()),
         *(MetricSpec(name, COUNTER, doc) for name, (_, doc) in _STATS_COUNTERS.items()),
+        *adapter_specs(),
     ]
 
 
 class ServiceMetrics:
     """Moves the registry's series at the events of a request's life. Thread-safe."""
 
-    def __init__(self, max_input_length: int, max_total_tokens: int) -> None:
-        self.registry = MetricsRegistry(_specs(max_input_length, max_total_tokens))
+    def __init__(self, max_input_length: int, max_total_tokens: int, default_source: str = "hub") -> None:
+        self.registry = MetricsRegistry(service_specs(max_input_length, max_total_tokens))
+        self.adapters = AdapterMetrics(self.registry, default_source)
 
     def received(self, stream: bool) -> None:
         self.registry.increment("lorax_request_count", labels=(("method", _KINDS[stream]),))
@@ -102,12 +107,18 @@ class ServiceMetrics:
         self.registry.observe("lorax_request_input_length", prompt_tokens)
         self.registry.observe("lorax_request_max_new_tokens", max_new_tokens)
 
-    def failed(self, error_type: str) -> None:
+    def failed(self, error_type: str, request: GenerateRequest | None = None) -> None:
+        """`request` is None if it could not be read."""
         word = _FAILURES.get(error_type, "generation")
         self.registry.increment("lorax_request_failure", labels=(("err", word),))
+        if request is not None:
+            self.adapters.failed(request.adapter)
 
-    def succeeded(self, timings: dict[str, float], generated_tokens: int) -> None:
+    def succeeded(
+        self, timings: dict[str, float], generated_tokens: int, adapter: AdapterRef | None = None
+    ) -> None:
         """`timings` in seconds: total, queue, inference, first_token."""
+        self.adapters.succeeded(adapter, timings, generated_tokens)
         observe = self.registry.observe
         self.registry.increment("lorax_request_success")
         observe("lorax_request_duration", timings["total"])
@@ -125,3 +136,4 @@ class ServiceMetrics:
             self.registry.set(name, getattr(stats, field))
         for name, (field, _) in _STATS_COUNTERS.items():
             self.registry.raise_to(name, getattr(stats, field))
+        self.adapters.engine(stats)

@@ -168,6 +168,29 @@ def test_the_metrics_page_shows_the_services_counters(server, caller):
     assert len(counted()) >= 5
 
 
+def test_the_metrics_page_follows_adapters_and_forgets_which_ran_before(server, caller, tiny_adapters):
+    def lines(name):
+        page = http_get(server.metrics_address, "/metrics")
+        return [line for line in page.splitlines() if line.startswith(name + "{")]
+
+    def listed():
+        return [line for line in lines("lorax_lora_requests_info") if tiny_adapters[0] in line]
+
+    long = {**PROMPT, "max_tokens": 1500, "adapter_id": tiny_adapters[0], "stream": True}
+    stream = caller.stream(long, parameters=EXACT)
+    wait_for(listed, 10.0)
+    assert len(lines("lorax_lora_requests_info")) <= 2  # the one before goes right after
+    assert stream.rest().error is None
+
+    wait_for(lambda: not listed(), 10.0)
+    wait_for(lambda: len(lines("lorax_lora_requests_info")) == 1, 10.0)
+    adapter = f'adapter="local:{tiny_adapters[0]}"'
+    wait_for(lambda: any(adapter in line for line in lines("lorax_adapter_generated_tokens_total")), 10.0)
+    loads = [line for line in lines("lorax_adapter_load_duration_count") if 'tier="device"' in line]
+    assert float(loads[0].rpartition(" ")[2]) >= 1
+    assert len(lines("lorax_cache_config_info")) == 1
+
+
 def test_an_unloaded_model_finishes_its_streams_and_can_be_loaded_and_stopped(start_tiny):
     server, caller = start_tiny()
     stream = caller.stream({**LONG, "max_tokens": 1500}, parameters=EXACT)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from lorax_backend.errors import LoraxError, _tree
 from lorax_backend.serving.metrics import COUNTER, GAUGE, HISTOGRAM, MetricSpec, MetricsRegistry
 from lorax_backend.serving.service_metrics import _FAILURES, ServiceMetrics
@@ -41,6 +43,16 @@ def test_a_mirror_is_told_every_observation_once() -> None:
     assert list(update.values) == [0.05, 0.5, 5.0]
     assert registry.drain() == []
     assert registry.count("seconds") == 3
+
+
+def test_a_mirror_that_comes_late_is_told_how_many_and_how_much_was_observed() -> None:
+    registry = MetricsRegistry(SPECS)
+    for value in (0.05, 0.5, 0.7):
+        registry.observe("seconds", value)
+    (update,) = registry.drain()
+    assert sorted(value > 0.1 for value in update.values) == [False, True, True]
+    assert sum(update.values) == pytest.approx(1.25)
+    assert registry.drain() == []
 
 
 def test_without_a_mirror_observations_do_not_pile_up() -> None:
