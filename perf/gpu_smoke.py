@@ -13,9 +13,11 @@ step at 1 to 128 streams with no adapter, one, and a different one for each stre
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import json
 import math
+import pstats
 import sys
 import time
 from itertools import pairwise
@@ -282,11 +284,43 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             rate = count * 2048 / (time.perf_counter() - started)
             prefill.append({"streams": count, "adapters": kind, "tokens_s": rate})
             print(f"prefill {count} x 2048 {kind:<13} {rate:,.0f} tokens/s", flush=True)
-    result = {"start_s": engine.start_seconds, "decode": decode, "prefill": prefill}
+    first = [
+        first_token(engine, kind, slot, vocab, args.profile)
+        for kind, slot in (("base", -1), ("adapter", slots[0]))
+    ]
+    result = {"start_s": engine.start_seconds, "decode": decode, "prefill": prefill, "first_token": first}
     if args.profile:
         profile(engine, slots)
     engine.runner.close()
     return result
+
+
+def first_token(engine: Engine, kind: str, slot: int, vocab: int, profiled: bool) -> dict[str, Any]:
+    """One prompt of 128 tokens on an idle device: milliseconds to its first token, and of those the host's until the
+    step is launched."""
+    rng = np.random.default_rng(2)
+    whole, host = [], []
+
+    def once() -> None:
+        (seq,) = engine.start([rng.integers(10, vocab, 128).tolist()], [slot], 2)
+        started = time.perf_counter()
+        handle = engine.runner.launch(ScheduledBatch([ScheduledSequence(seq, 0, 128, True)], 128))
+        host.append(1e3 * (time.perf_counter() - started))
+        handle.result()
+        whole.append(1e3 * (time.perf_counter() - started))
+
+    for _ in range(12):
+        once()
+    if profiled:
+        recorder = cProfile.Profile()
+        recorder.runcall(lambda: [once() for _ in range(5)])
+        pstats.Stats(recorder).sort_stats("tottime").print_stats(14)
+    entry = {"adapters": kind, "ms": float(np.median(whole[2:12])), "host_ms": float(np.median(host[2:12]))}
+    print(
+        f"first token of 128, {kind}: {entry['ms']:.2f} ms, {entry['host_ms']:.2f} of them the host's",
+        flush=True,
+    )
+    return entry
 
 
 def profile(engine: Engine, slots: list[int]) -> None:

@@ -454,8 +454,8 @@ def warm(model: str, share: str, tuning: bool) -> None:
     part, jobs = (int(v) for v in share.split("/"))
     work = []
     for name, site in SHAPES[model].items():
-        decode = [lora_config(t, True) for t in (1, 32, 128)]
-        prefill = [lora_config(8192, False)]
+        decode = [lora_config(t, True, 0) for t in (1, 32, 128)]
+        prefill = [lora_config(8192, False, 0)]
         if tuning:
             decode += [
                 replace(DEFAULT, pdl=p, **c) for c in SHRINK_CHOICES + EXPAND_CHOICES for p in (False, True)
@@ -513,7 +513,7 @@ def main() -> None:
     results = []
     for row in rows:
         config = configs.get(row.tokens if row.tokens <= 128 else 16384) or lora_config(
-            row.tokens, row.tokens <= 256
+            row.tokens, row.tokens <= 256, 0
         )
         sites = {name: bench.site_us(row, name, config) for name in bench.shapes}
         alone = {name: bench.alone_us(row, name, config) for name in bench.shapes}

@@ -243,7 +243,7 @@ def paged_attention(
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
     """`lorax_kernels.paged_attention` on a device."""
-    config = config or attention_config(batch.num_decodes)
+    config = config or attention_config(batch.num_decodes, q.device.index)
     if q.stride(2) != 1 or k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError("paged_attention: head_dim must be contiguous and both caches laid out alike")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

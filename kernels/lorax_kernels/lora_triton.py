@@ -32,6 +32,8 @@ from lorax_kernels.worklist import LoraWork
 
 MAX_SLICES = 3
 _INTERPRETER_SMS = 3
+# Below this a launch outside a graph is bound by the host, which a second stream only gives more to do.
+_OVERLAP_MIN_TOKENS = 1024
 
 
 @dataclass(slots=True)
@@ -76,7 +78,9 @@ def shrink(
         raise ValueError(
             f"shrink: x {tuple(x.shape)} and a {tuple(a.shape)} do not fit or are not contiguous in rows"
         )
-    config = (config or lora_config(work.num_tokens, work.shape.decode)).for_itemsize(x.element_size())
+    config = (config or lora_config(work.num_tokens, work.shape.decode, x.device.index)).for_itemsize(
+        x.element_size()
+    )
     columns = slices * PAGE_RANK
     at = work.capacity
     if planes is None:
@@ -167,8 +171,8 @@ def linear(
     """`lorax_kernels.lora_linear` on a device. Where the configuration says so, shrink runs beside the base layer's
     product on a stream of its own: both wait for x only."""
     work = _work_of(batch)
-    config = config or lora_config(work.num_tokens, work.shape.decode)
-    if config.overlap == "none":
+    config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
+    if config.overlap == "none" or not (work.fixed or work.num_tokens >= _OVERLAP_MIN_TOKENS):
         out = F.linear(x, *layer)
         h = shrink(x, weights[0], work, config)
     else:

@@ -92,32 +92,27 @@ DEFAULT_ATTENTION = AttentionConfig()
 _Config = TypeVar("_Config", LoraConfig, AttentionConfig)
 
 
-def lora_config(num_tokens: int, decode: bool) -> LoraConfig:
-    """The configuration for a batch of `num_tokens` rows."""
-    return _pick("lora", DEFAULT, num_tokens if decode else _LARGEST)
+@functools.lru_cache(maxsize=4096)
+def lora_config(num_tokens: int, decode: bool, device: int | None = None) -> LoraConfig:
+    """The configuration for a batch of `num_tokens` rows on CUDA device `device`; None has no table."""
+    return _pick(device, "lora", DEFAULT, num_tokens if decode else _LARGEST)
 
 
-def attention_config(num_sequences: int) -> AttentionConfig:
-    """The configuration for `num_sequences` decoding sequences."""
-    return _pick("attention", DEFAULT_ATTENTION, num_sequences)
+@functools.lru_cache(maxsize=4096)
+def attention_config(num_sequences: int, device: int | None = None) -> AttentionConfig:
+    """The configuration for `num_sequences` decoding sequences on CUDA device `device`."""
+    return _pick(device, "attention", DEFAULT_ATTENTION, num_sequences)
 
 
 _LARGEST = 1 << 30
 
 
-def _pick(kind: str, default: _Config, size: int) -> _Config:
-    if not torch.cuda.is_available():
-        return default
-    return _pick_on_device(torch.cuda.current_device(), kind, default, size)
-
-
-@functools.lru_cache(maxsize=2048)
-def _pick_on_device(device: int, kind: str, default: _Config, size: int) -> _Config:
+def _pick(device: int | None, kind: str, default: _Config, size: int) -> _Config:
     """The entry for the smallest size that is not under `size`, else the largest."""
-    table = _table(device, kind)
-    known = {f.name for f in fields(default)}
+    table = {} if device is None else _table(device, kind)
     if not table:
         return default
+    known = {f.name for f in fields(default)}
     fitting = [entry for entry in table if entry >= size]
     values = table[min(fitting) if fitting else max(table)]
     return replace(default, **{name: value for name, value in values.items() if name in known})
