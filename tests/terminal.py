@@ -14,9 +14,11 @@ from typing import Self
 
 WAIT_S = 60.0
 # Only a controlling terminal turns Ctrl-C into a signal: the first that the leader of a session opens becomes it.
+# Tests may run as a shell's background job, which ignores that signal and passes this on; a terminal's programs do not.
 _PROGRAM = """
-import os, sys
+import os, signal, sys
 os.close(os.open(os.ttyname(0), os.O_RDWR))
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lorax_backend.cli.main import main
 sys.exit(main())
 """

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -191,23 +189,18 @@ class Chat:
 
         shown: list[str] = []
         start = time.monotonic()
-        stopped = threading.Event()
-        failed = False
         try:
-            ending = self._stream(text, shown, start, stopped)
-        except KeyboardInterrupt:  # through a pipe, or before the stream stood
+            ending = self._stream(text, shown, start)
+        except KeyboardInterrupt:
             if not self.interactive:
                 raise
-            stopped.set()
-        except LoraxError as error:
-            failed = not stopped.is_set()
-            ending = f"error: {error}"
-        if stopped.is_set():
             ending = f"stopped after {time.monotonic() - start:.1f} s"
-        self.failed |= failed
-        if failed and not shown:
-            self._note(ending)
-            return
+        except LoraxError as error:
+            self.failed = True
+            ending = f"error: {error}"
+            if not shown:
+                self._note(ending)
+                return
         print(file=self.out, flush=True)
         self._note(f"[{self.adapter or 'base'}: {ending}]")
         if shown:
@@ -216,12 +209,11 @@ class Chat:
                 {"role": "assistant", "content": "".join(shown)},
             ]
 
-    def _stream(self, text: str, shown: list[str], start: float, stopped: threading.Event) -> str:
-        """Print the answer's pieces, noting them in `shown`; how it ended, in words. Ctrl-C sets `stopped`."""
+    def _stream(self, text: str, shown: list[str], start: float) -> str:
+        """Print the answer's pieces, noting them in `shown`; how it ended, in words."""
         first: float | None = None
         details: StreamDetails | None = None
-        request: dict[str, Any] = {**self._prompt(text), **self._adapter(), **self.options}
-        with self.client.generate_stream(**request) as stream, self._ctrl_c(stopped, stream.cancel):
+        with self.client.generate_stream(**self._prompt(text), **self._adapter(), **self.options) as stream:
             for item in stream:
                 first = time.monotonic() - start if first is None else first
                 details = item.details or details
@@ -229,24 +221,6 @@ class Chat:
                     shown.append(item.token.text)
                     print(item.token.text, end="", file=self.out, flush=True)
         return timings_text(details, first or 0.0, time.monotonic() - start)
-
-    @contextlib.contextmanager
-    def _ctrl_c(self, stopped: threading.Event, cancel: Callable[[], None]) -> Iterator[None]:
-        """Let Ctrl-C cancel from a thread of its own: an exception raised wherever the main thread happens to be may
-        be swallowed there, in gRPC's callbacks for one."""
-        if not self.interactive or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(signum: int, frame: object) -> None:
-            stopped.set()
-            threading.Thread(target=cancel, name="lorax-chat-stop", daemon=True).start()
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def _prompt(self, text: str) -> dict[str, Any]:
         if not self.templated:
