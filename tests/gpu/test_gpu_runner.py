@@ -9,8 +9,6 @@ import pytest
 import torch
 from model_driver import ModelDriver
 
-from lorax_backend.model.graphs import graph_sizes
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -22,12 +20,6 @@ ADAPTERS = (
     {"rank": 64, "targets": (*MODULES, "lm_head")},
     {"rank": 8, "targets": ("o_proj", "down_proj")},
 )
-
-
-def test_graph_sizes_end_at_the_largest_batch() -> None:
-    assert graph_sizes(1) == (1,)
-    assert graph_sizes(20) == (1, 2, 4, 8, 16, 20)
-    assert graph_sizes(1000)[-1] == 256
 
 
 @pytest.fixture(scope="module")
