@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_calls import GatewayCaller
+from fakes_gateway import FakeTriton, StartGateway
+from gateway_calls import GatewayCaller, ThreadedGateway
 from triton_calls import TritonCaller
 
 from lorax_backend.gateway.config import GatewayConfig
@@ -116,3 +117,21 @@ def gateway(triton: TritonServer) -> Iterator[GatewayCaller]:
     yield GatewayCaller(host, int(port))
     process.drain(20.0)
     assert "it died" not in _gateway_log
+
+
+@pytest.fixture
+def start() -> Iterator[StartGateway]:
+    """`start(*servers, **options)` -> a caller of a gateway in front of them."""
+    running: list[ThreadedGateway] = []
+
+    def make(*servers: FakeTriton, **options: Any) -> GatewayCaller:
+        values: dict[str, Any] = {"host": "127.0.0.1", "health_interval": 0.05} | options
+        config = GatewayConfig(triton_urls=tuple(server.name for server in servers), **values)
+        gateway = ThreadedGateway(config, {server.name: server.transport for server in servers})
+        caller = gateway.__enter__()
+        running.append(gateway)
+        return caller
+
+    yield make
+    for gateway in running:
+        gateway.__exit__()

@@ -3,98 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from gateway_calls import GatewayCaller, ThreadedGateway, wait_until
+from fakes_gateway import FakeTriton, StartGateway
+from gateway_calls import wait_until
 
 from lorax_backend import errors as engine_errors
 from lorax_backend.gateway.config import CorsOptions, GatewayConfig, read_keys
 from lorax_triton._transport import InferRequest, InferResponse
 from lorax_triton.errors import ServerConnectionError
-from lorax_triton.testing import AsyncInMemoryTransport
-
-TOKEN = json.dumps({"id": 1, "text": "a", "logprob": -0.5, "special": False, "skipped": False})
-DETAILS = {
-    "finish_reason": "length",
-    "prompt_tokens": 2,
-    "generated_tokens": 2,
-    "seed": None,
-    "generated_text": "aa",
-}
-
-
-class FakeTriton:
-    """One server. `refusal` is raised, or sent as an error, instead of an answer; `cut` leaves the details out."""
-
-    def __init__(self, name: str = "a:1") -> None:
-        self.name = name
-        self.refusal: Exception | str | None = None
-        self.ready = True
-        self.cut = False
-        self.after_first: Exception | None = None
-        self.transport = AsyncInMemoryTransport(self._handle)
-
-    def _handle(self, request: InferRequest) -> Iterator[InferResponse]:
-        if isinstance(self.refusal, Exception):
-            raise self.refusal
-        if "control" in request.inputs:
-            yield InferResponse(
-                {"details": [json.dumps(self._control(json.loads(request.inputs["control"].values[0])))]},
-                True,
-            )
-            return
-        if isinstance(self.refusal, str):
-            yield InferResponse(error=self.refusal, final=True)
-            return
-        yield InferResponse({"text_output": ["a"], "tokens": [TOKEN]})
-        if self.after_first is not None:
-            raise self.after_first
-        if self.cut:
-            return
-        yield InferResponse({"text_output": ["a"], "tokens": [TOKEN], "details": [json.dumps(DETAILS)]}, True)
-
-    def _control(self, command: dict[str, Any]) -> dict[str, Any]:
-        if command["command"] == "info":
-            return {"model_id": "base", "device": "cpu", "ready": self.ready, "server": self.name}
-        return {"adapters": [], "aliases": {}, "asked": command}
-
-    @property
-    def generations(self) -> list[InferRequest]:
-        return [request for request in self.transport.requests if "control" not in request.inputs]
-
-    @property
-    def commands(self) -> list[dict[str, Any]]:
-        asked = [
-            request.inputs["control"].values[0]
-            for request in self.transport.requests
-            if "control" in request.inputs
-        ]
-        return [command for command in map(json.loads, asked) if command["command"] != "info"]
-
-
-StartGateway = Callable[..., GatewayCaller]
-
-
-@pytest.fixture
-def start() -> Iterator[StartGateway]:
-    """`start(*servers, **options)` -> a caller of a gateway in front of them."""
-    running: list[ThreadedGateway] = []
-
-    def make(*servers: FakeTriton, **options: Any) -> GatewayCaller:
-        values: dict[str, Any] = {"host": "127.0.0.1", "health_interval": 0.05} | options
-        config = GatewayConfig(triton_urls=tuple(server.name for server in servers), **values)
-        gateway = ThreadedGateway(config, {server.name: server.transport for server in servers})
-        caller = gateway.__enter__()
-        running.append(gateway)
-        return caller
-
-    yield make
-    for gateway in running:
-        gateway.__exit__()
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -263,7 +182,7 @@ def test_r05_r06_r17_openais_routes_answer(start: StartGateway) -> None:
     assert answer.headers["x-request-id"] == "mine"
     streamed = gateway.post("/v1/chat/completions", {**chat, "stream": True})
     assert streamed.headers["content-type"].startswith("text/event-stream")
-    assert streamed.body.endswith(b"data: [DONE]\n\n")  # X04
+    assert streamed.body.endswith(b"data: [DONE]\n\n")
     assert (
         gateway.post("/v1/completions", {"model": "base", "prompt": "x"}).json["choices"][0]["text"] == "aa"
     )
@@ -323,7 +242,7 @@ def test_an_adapters_requests_stay_with_one_server(start: StartGateway) -> None:
     assert all(server.generations for server in servers)
 
 
-def test_a_silent_stream_gets_comments_that_keep_it_alive(start: StartGateway) -> None:
+def test_x02_a_silent_stream_gets_comments_that_keep_it_alive(start: StartGateway) -> None:
     release = threading.Event()
     server = FakeTriton()
     inner = server.transport.open_stream
@@ -344,7 +263,7 @@ def test_a_silent_stream_gets_comments_that_keep_it_alive(start: StartGateway) -
 
     server.transport.open_stream = open_stream  # type: ignore[method-assign]
     gateway = start(server, keep_alive=0.05)
-    with gateway.open_stream() as stream:  # X02
+    with gateway.open_stream() as stream:
         assert [stream.readline(), stream.readline()] == [b":\n", b"\n"]
         release.set()
         rest = stream.read()

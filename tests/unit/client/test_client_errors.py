@@ -68,14 +68,14 @@ STATUSES = {
 
 
 @pytest.mark.parametrize(("error_type", "kind"), KINDS.items())
-def test_the_error_type_decides_before_the_status(error_type: str, kind: type[LoraxError]) -> None:
+def test_z01_the_error_type_decides_before_the_status(error_type: str, kind: type[LoraxError]) -> None:
     error = parse_error(400, {"error": "why", "error_type": error_type})
     assert type(error) is kind
     assert (str(error), error.status, error.error_type) == ("why", 400, error_type)
 
 
 @pytest.mark.parametrize(("status", "kind"), STATUSES.items())
-def test_without_a_known_type_the_status_decides(status: int, kind: type[LoraxError]) -> None:
+def test_z01_without_a_known_type_the_status_decides(status: int, kind: type[LoraxError]) -> None:
     assert type(parse_error(status, {"error": "why"})) is kind
     assert type(parse_error(status, {"error": "why", "error_type": "of tomorrow"})) is kind
 

@@ -78,17 +78,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("fields", GOOD, ids=str)
-def test_parameters_in_range_are_accepted(fields: dict[str, Any]) -> None:
+def test_z02_parameters_in_range_are_accepted(fields: dict[str, Any]) -> None:
     Parameters(**fields)
 
 
 @pytest.mark.parametrize(("fields", "named"), BAD, ids=str)
-def test_parameters_out_of_range_are_refused_by_name(fields: dict[str, Any], named: str) -> None:
+def test_z02_parameters_out_of_range_are_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         Parameters(**fields)
 
 
-def test_a_request_has_exactly_one_kind_of_input() -> None:
+def test_z02_a_request_has_exactly_one_kind_of_input() -> None:
     Request("Hi")
     Request(messages=[{"role": "user", "content": "Hi"}])
     Request(input_ids=[1])
@@ -103,7 +103,7 @@ def test_a_request_has_exactly_one_kind_of_input() -> None:
             Request(**fields)
 
 
-def test_best_of_is_refused_in_streams() -> None:
+def test_z02_best_of_is_refused_in_streams() -> None:
     several = Parameters(best_of=2, do_sample=True)
     Request("x", several)
     Request("x", Parameters(best_of=1), stream=True)

@@ -49,7 +49,7 @@ def test_blocks_are_trimmed_loops_can_break_and_generation_blocks_stand() -> Non
     assert len(render("{{ strftime_now('%Y') }}")) == 4
 
 
-def test_a_template_that_raises_is_a_template_error_with_its_words() -> None:
+def test_e05_a_template_that_raises_is_a_template_error_with_its_words() -> None:
     with pytest.raises(TemplateError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(TemplateError, match="no element 5"):

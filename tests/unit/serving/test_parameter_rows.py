@@ -1,4 +1,4 @@
-"""LoRAX's rules for generation parameters, one test a row of its list (G02-G27), and its own checks of them."""
+"""LoRAX's rules for generation parameters, one test a row of its list (G01-G27), and its own checks of them."""
 
 from __future__ import annotations
 
@@ -143,27 +143,78 @@ def test_g06_n_answers_may_be_greedy_streamed_and_seeded_up_to_the_servers_cap()
     assert (both.n, both.best_of) == (2, 4)
 
 
-_RANGES = [
-    ("g07", "temperature", [0, 1.0, 0.3], [-1]),
-    ("g08", "repetition_penalty", [1, 0.5], [0, -1]),
-    ("g09", "frequency_penalty", [-2, 0, 2], [-2.1, 2.1]),
-    ("g10", "presence_penalty", [-2, 0, 2], [-2.1, 2.1]),
-    ("g11", "top_k", [1, 50], [-2]),
-    ("g12", "top_p", [0.5, 0.99, 1.0], [0, -1, 1.1]),
-    ("g13", "typical_p", [0.5], [0, -1, 1]),
-    ("g15", "max_new_tokens", [1, 20], [0, -1]),
-    ("g19", "truncate", [1], [0, -1]),
-    ("g23", "return_k_alternatives", [1, 100], [-1]),
-    ("g25", "seed", [0, 1, 2**64 - 1], [-1, 2**64]),
-]
-
-
-@pytest.mark.parametrize(("row", "name", "good", "bad"), _RANGES, ids=[row for row, *_ in _RANGES])
-def test_g07_to_g25_z02_ranges(row: str, name: str, good: list[Any], bad: list[Any]) -> None:
+def assert_range(name: str, good: list[Any], bad: list[Any]) -> None:
+    """Good values reach the engine as they are; bad ones are refused by the name the caller used."""
     for value in good:
-        parse(**{name: value})
+        sampling = parse(**{name: value}).sampling
+        assert getattr(sampling, name) == value
     for value in bad:
         assert refusal(**{name: value}).startswith(name)
+
+
+def test_g07_a_temperature_is_at_least_zero_and_zero_is_greedy() -> None:
+    assert_range("temperature", [1.0, 0.3, 2], [-1, -0.01])
+    assert parse(temperature=0.3).sampling.do_sample
+    assert not parse(temperature=0, do_sample=True).sampling.do_sample
+    assert parse().sampling.temperature == 1.0
+
+
+def test_g08_a_repetition_penalty_is_above_zero_and_one_without_being_given() -> None:
+    assert_range("repetition_penalty", [1, 0.5, 1.3], [0, -1])
+    assert parse().sampling.repetition_penalty == 1.0
+
+
+def test_g09_a_frequency_penalty_lies_within_two_of_zero() -> None:
+    assert_range("frequency_penalty", [-2, 0, 2, 0.5], [-2.1, 2.1])
+    assert parse().sampling.frequency_penalty == 0.0
+
+
+def test_g10_a_presence_penalty_lies_within_two_of_zero() -> None:
+    assert_range("presence_penalty", [-2, 0, 2, 0.5], [-2.1, 2.1])
+    assert parse().sampling.presence_penalty == 0.0
+
+
+def test_g11_top_k_is_above_zero_and_zero_or_minus_one_switch_it_off() -> None:
+    """LoRAX refuses 0; callers of other servers write 0 or -1 for "off", so both pass and mean that."""
+    assert_range("top_k", [1, 50], [-2, 2**31])
+    for off in (0, -1):
+        sampling = parse(top_k=off).sampling
+        assert (sampling.top_k, sampling.do_sample) == (0, False)
+
+
+def test_g12_top_p_is_above_zero_and_at_most_one() -> None:
+    assert_range("top_p", [0.5, 0.99, 1.0], [0, -1, 1.1])
+
+
+def test_g13_typical_p_lies_between_zero_and_one_and_is_neither() -> None:
+    assert_range("typical_p", [0.5, 0.01, 0.99], [0, -1, 1])
+
+
+def test_g15_max_new_tokens_is_at_least_one() -> None:
+    assert_range("max_new_tokens", [1, 20], [0, -1])
+
+
+def test_g19_truncate_is_at_least_one() -> None:
+    assert parse(truncate=1).truncate == 1
+    for bad in (0, -1):
+        assert refusal(truncate=bad).startswith("truncate")
+
+
+def test_g23_alternatives_are_as_many_as_are_asked_for_and_zero_is_none() -> None:
+    for count in (1, 100):
+        request = parse(return_k_alternatives=count)
+        assert request.sampling.top_logprobs == count
+        assert request.outputs.tokens
+    for bad in (-1, 101):
+        assert refusal(return_k_alternatives=bad).startswith("return_k_alternatives")
+    for none in ({}, {"return_k_alternatives": 0}):
+        assert parse(**none).sampling.top_logprobs is None
+
+
+def test_g25_a_seed_is_an_unsigned_number_of_64_bits() -> None:
+    assert_range("seed", [0, 1, 2**64 - 1], [-1, 2**64])
+    assert parse(seed=0).seed_given
+    assert not parse().seed_given
 
 
 @pytest.mark.parametrize(
