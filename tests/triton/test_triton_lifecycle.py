@@ -62,7 +62,7 @@ def test_an_engine_in_a_process_of_its_own_answers_alike_and_its_death_reaches_e
 
 def test_after_kill_9_of_the_stub_no_caller_hangs_and_nothing_is_left(start_tiny):
     server, caller = start_tiny(engine_process="true")
-    patient, brief = (caller.stream(LONG, parameters=EXACT, timeout=seconds) for seconds in (60.0, 2.0))
+    patient, brief = (caller.stream(LONG, parameters=EXACT, timeout=seconds) for seconds in (60.0, 4.0))
     for stream in (patient, brief):
         stream.first_text()
     children = engine_processes(server)
@@ -74,7 +74,8 @@ def test_after_kill_9_of_the_stub_no_caller_hangs_and_nothing_is_left(start_tiny
 
     with pytest.raises(grpc.RpcError) as caught:
         brief.rest()
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    # The server keeps its callers waiting, unless losing its model brings it down as well.
+    assert caught.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
     wait_for(lambda: all(processes.is_dead(pid) for pid in children), 5.0)
     # Whoever watches the server ends it, which tells the callers that would still wait.
     ended = server.wait(poll_s=0.2)
