@@ -22,6 +22,8 @@ _NOT_IN_JSON = frozenset(
 # Several answers to one request have no place in LoRAX's bodies.
 _NOT_HERE = frozenset({"n", "num_return_sequences", "beam_width"})
 _DETAILS = ("finish_reason", "prompt_tokens", "generated_tokens", "skipped_tokens", "seed")
+# Proxies take 4 to 8 KiB for all headers of an answer.
+_MAX_HEADER_CHARACTERS = 500
 _STREAM_DETAILS = ("finish_reason", "prompt_tokens", "generated_tokens", "seed")
 
 
@@ -201,7 +203,7 @@ def model_headers(generation: Generation, info: Mapping[str, Any]) -> dict[str, 
         headers["x-adapter-source"] = _header_value(str(source))
     ignored = generation.ignored
     if ignored:
-        headers["x-ignored-parameters"] = _header_value(", ".join(ignored)[:500])
+        headers["x-ignored-parameters"] = _header_value(", ".join(ignored))
     return headers
 
 
@@ -231,5 +233,5 @@ def timing_headers(details: Mapping[str, Any], total_s: float) -> dict[str, str]
 
 
 def _header_value(text: str) -> str:
-    """A text that a header can hold."""
-    return "".join(char if " " <= char <= "~" else "?" for char in text)
+    """A text that a header can hold, cut to a length that clients and proxies read."""
+    return "".join(char if " " <= char <= "~" else "?" for char in text[:_MAX_HEADER_CHARACTERS])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lorax_backend.gateway.config import GatewayConfig
 from lorax_backend.gateway.counters import Counters, create_file
 from lorax_backend.gateway.errors import from_lorax_error
-from lorax_backend.gateway.generation import Generation
+from lorax_backend.gateway.generation import Generation, model_headers
 from lorax_backend.gateway.prometheus import label_samples, merge, to_json
 from lorax_backend.gateway.rendezvous import ranking
 from lorax_backend.gateway.server import GatewayError, bind
@@ -130,6 +130,19 @@ def test_only_what_the_caller_gave_travels_to_the_engine() -> None:
     assert inputs["adapter_id"].values == ["a/b"]
     assert inputs["return_tokens"].values == [True]
     assert generation.ignored == ["frob", "n"]
+
+
+def test_no_text_of_a_caller_makes_a_header_that_readers_choke_on() -> None:
+    parameters = {
+        "adapter_id": "a\r\nx-evil: 1" + "\u00fc" * 100_000,
+        "adapter_source": "s" * 100_000,
+        "k" * 100_000: 1,
+    }
+    headers = model_headers(Generation("x", parameters, False, "id"), {"model_id": "m" * 100_000})
+    assert headers["x-adapter-id"].startswith("a??x-evil: 1??")
+    assert headers["x-ignored-parameters"].startswith("kkk")
+    assert all(value.isascii() and value.isprintable() for value in headers.values())
+    assert sum(map(len, headers.values())) < 4096  # what the strictest proxies take
 
 
 def test_a_taken_port_is_named_with_a_remedy() -> None:

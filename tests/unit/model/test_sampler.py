@@ -43,7 +43,7 @@ def random_inputs(rows: list[int], temperature: list[float], uniform: list[float
     )
 
 
-def test_greedy_rows_take_the_best_logit() -> None:
+def test_z18_greedy_rows_take_the_best_logit() -> None:
     assert sample(logits_of([0.0, 2.0, 1.0], [5.0, 2.0, 1.0]), SamplingInputs()).ids.tolist() == [1, 0]
 
 

@@ -65,6 +65,15 @@ def test_end_tokens_are_those_of_the_generation_config_and_the_tokenizers(
     assert TokenizerPool(tmp_path).eos_token_ids == (4, 3, 2)
 
 
+@pytest.mark.parametrize("config", ['{"eos_token_id": 0}', '{"eos_token_id": [0]}'])
+def test_z18_an_end_token_may_have_the_id_zero(
+    tiny_model_path: Callable[..., Path], tmp_path: Path, config: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tiny_model_path() / "tokenizer.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text(config)
+    assert TokenizerPool(tmp_path).eos_token_ids == (0,)
+
+
 def test_the_models_vocabulary_bounds_the_ids(tiny_model_path: Callable[..., Path], tmp_path: Path) -> None:
     source = tiny_model_path()
     (tmp_path / "config.json").write_text('{"vocab_size": 512}')
