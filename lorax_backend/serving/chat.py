@@ -15,6 +15,9 @@ from lorax_backend.errors import MissingTemplateVariableError, TemplateError, Va
 from lorax_backend.serving.schema import shorten
 
 _GUIDELINE = "guideline"
+# Of one text or list that a template multiplies, and of a power's exponent. Adapters bring templates of strangers.
+_MAX_PRODUCT_LENGTH = 1 << 20
+_MAX_EXPONENT = 64
 
 
 def validate_messages(messages: Any, label: str = "messages") -> list[dict[str, Any]]:
@@ -151,6 +154,20 @@ def _compile(source: str) -> Any:
         raise TemplateError(f"the model's chat template is not valid: {error}") from error
 
 
+def _check_product(operator: str, left: Any, right: Any) -> None:
+    import jinja2
+
+    if operator == "**" and isinstance(right, int | float) and abs(right) > _MAX_EXPONENT:
+        raise jinja2.TemplateError(f"a power of {right}, at most {_MAX_EXPONENT} is allowed")
+    for item, count in ((left, right), (right, left)):
+        if isinstance(item, str | list | tuple) and isinstance(count, int):
+            length = len(item) * count
+            if length > _MAX_PRODUCT_LENGTH:
+                raise jinja2.TemplateError(
+                    f"a product of length {length}, at most {_MAX_PRODUCT_LENGTH} is allowed"
+                )
+
+
 def _environment() -> Any:
     import jinja2
     from jinja2 import nodes
@@ -167,15 +184,22 @@ def _environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
 
+    class Environment(ImmutableSandboxedEnvironment):
+        """Refuses products that would fill the memory, which jinja2 else works out while it compiles."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _check_product(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)

@@ -49,6 +49,21 @@ def test_blocks_are_trimmed_loops_can_break_and_generation_blocks_stand() -> Non
     assert len(render("{{ strftime_now('%Y') }}")) == 4
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 300000000 }}",
+        "{{ 2000000 * messages }}",
+        "{{ 9 ** 99999999 }}",
+        "{% set n = 10 ** 9 %}{{ ' ' * n }}",
+    ],
+)
+def test_a_template_that_would_fill_the_memory_is_refused_before_it_does(source: str) -> None:
+    with pytest.raises(TemplateError, match="at most"):
+        render(source)
+    assert render("{{ ' ' * 4 }}{{ 2 ** 10 }}{{ 3 * 4 }}{{ (-1) * 5 }}") == "    102412-5"
+
+
 def test_e05_a_template_that_raises_is_a_template_error_with_its_words() -> None:
     with pytest.raises(TemplateError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
