@@ -15,6 +15,10 @@ from lorax_backend.errors import MissingTemplateVariableError, TemplateError, Va
 from lorax_backend.serving.schema import shorten
 
 _GUIDELINE = "guideline"
+_TOOL_PROMPT = (
+    "To call one of these functions, answer with nothing but a block like this, one block for each call:\n"
+    '<tool_call>\n{"name": <name of the function>, "arguments": <object of its arguments>}\n</tool_call>'
+)
 # Of one text or list that a template multiplies, and of a power's exponent. Adapters bring templates of strangers.
 _MAX_PRODUCT_LENGTH = 1 << 20
 _MAX_EXPONENT = 64
@@ -112,6 +116,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt for a chat, ending where the assistant's answer begins.
 
+        A template that does not read `tools`, as an adapter may bring one, gets them written out in the last message.
+
         Raises:
             MissingTemplateVariableError: the template needs a guideline and there is none.
             TemplateError: the template failed, or refused the messages with `raise_exception`.
@@ -121,6 +127,8 @@ class ChatTemplate:
         if guideline is None and self._uses_guideline:
             raise MissingTemplateVariableError("guideline: the chat template needs one; send guideline")
         given = {} if guideline is None else {"guideline": guideline}
+        if tools and "tools" not in self.variables:
+            messages = _with_tools_as_text(messages, tools)
         try:
             return self._template.render(
                 **given,
@@ -136,6 +144,12 @@ class ChatTemplate:
             raise TemplateError(
                 f"messages: the model's chat template failed: {type(error).__name__}: {error}"
             ) from None
+
+
+def _with_tools_as_text(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    listed = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    *before, last = messages
+    return [*before, {**last, "content": f"{last['content']}\n\n<tools>\n{listed}\n</tools>\n{_TOOL_PROMPT}"}]
 
 
 def _variables(source: str) -> frozenset[str]:

@@ -39,6 +39,18 @@ def test_templates_see_messages_tools_special_tokens_and_the_generation_prompt()
     assert render(source, tools=[{"name": "<f>"}]) == '<s>user:hi;[{"name": "<f>"}]A:'
 
 
+def test_c18_a_template_that_knows_no_tools_gets_them_written_out_in_the_last_message() -> None:
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    text = ChatTemplate(source, {}).render(messages, tools=tools)
+    assert text.startswith("system:be brief;user:hi\n\n<tools>\n")
+    assert '{"name": "look_up", "parameters": {}}' in text
+    assert "<tool_call>" in text
+    assert messages[1]["content"] == "hi", "the caller's messages stay as they were"
+    assert ChatTemplate(source, {}).render(messages) == "system:be brief;user:hi;"
+
+
 def test_blocks_are_trimmed_loops_can_break_and_generation_blocks_stand() -> None:
     source = """{% for i in range(5) %}
     {% if i == 2 %}{% break %}{% endif %}
