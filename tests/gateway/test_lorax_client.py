@@ -155,3 +155,32 @@ def test_response_format_and_merged_adapters_reach_the_server(run_lorax) -> None
     assert (kind == "text" and text.lstrip().startswith("{")) or "response_format" in text
     kind, text = result["merged"]
     assert kind == "text" or "merged_adapters" in text
+
+
+def test_the_guides_python_snippets_run_as_written(run_lorax) -> None:
+    """Host, model and adapter ids aside, and with the prints collected."""
+    printed = run_lorax(
+        """
+        import builtins
+        print_lines = []
+        original_print, builtins.print = print, lambda *values: print_lines.append(" ".join(map(str, values)))
+
+        print(client.generate("one sentence on LoRA", max_new_tokens=32).generated_text)
+
+        print(client.generate(
+            "classify: urgent vs not urgent: 'Please reset my password'",
+            max_new_tokens=32,
+            adapter_id=adapter
+        ).generated_text)
+
+        # Prompt the base model
+        print(client.generate("Tell me a joke.").generated_text)
+        # Prompt a specific LoRA adapter
+        adapter_id = adapter
+        print(client.generate("Solve for X: 2x + 5 = 13", adapter_id=adapter_id).generated_text)
+        builtins.print = original_print
+        result = print_lines
+        """
+    )
+    assert len(printed) == 4
+    assert any(printed)
