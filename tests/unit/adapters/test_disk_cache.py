@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -196,24 +198,26 @@ def test_a_cached_file_cut_short_is_downloaded_again(
     assert (fetched.folder / weights.name).read_bytes() == files[weights.name]
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """Files of at most 2 KiB can be written, as on a disk that is full."""
-    import signal
+    """Files of at most 2 KiB can be written, as on a disk that is full.
 
+    Not a fixture: pytest reports a test before it takes its fixtures down, and could not, into a file.
+    """
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_told_with_a_remedy(
-    hub: HubServer, files: dict[str, bytes], tmp_path: Path, small_files: None
-) -> None:
+def test_a_full_disk_is_told_with_a_remedy(hub: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:
     hub.commit("org/a", {**files, "adapter_model.safetensors": b"0" * 5000})
-    with pytest.raises(AdapterDownloadError, match=r"could not be stored: .*adapter_disk_cache"):
-        hub_source(DiskCache(tmp_path / "disk", 1 << 30)).fetch(AdapterRef("hub", "org/a"), None)
+    source = hub_source(DiskCache(tmp_path / "disk", 1 << 30))
+    with small_files(), pytest.raises(AdapterDownloadError, match=r"could not be stored: .*adapter_disk_cache"):
+        source.fetch(AdapterRef("hub", "org/a"), None)
 
 
 def test_a_full_disk_costs_the_least_recently_used_their_place(
