@@ -216,7 +216,10 @@ def small_files() -> Iterator[None]:
 def test_a_full_disk_is_told_with_a_remedy(hub: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:
     hub.commit("org/a", {**files, "adapter_model.safetensors": b"0" * 5000})
     source = hub_source(DiskCache(tmp_path / "disk", 1 << 30))
-    with small_files(), pytest.raises(AdapterDownloadError, match=r"could not be stored: .*adapter_disk_cache"):
+    with (
+        small_files(),
+        pytest.raises(AdapterDownloadError, match=r"could not be stored: .*adapter_disk_cache"),
+    ):
         source.fetch(AdapterRef("hub", "org/a"), None)
 
 
