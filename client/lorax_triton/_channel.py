@@ -1,4 +1,4 @@
-"""What the sync and async gRPC transports share: address, TLS, metadata, channel options and retry policy. No I/O."""
+"""What the sync and async gRPC transports share: address, TLS, metadata, methods and retry policy. No I/O."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from tritonclient.grpc import service_pb2
 
 from lorax_triton.errors import (
     LoraxError,
@@ -171,3 +172,30 @@ def cancelled_here(request_id: str) -> RequestCancelledError:
 def retry_pause(attempt: int) -> float:
     """Seconds to wait before retry `attempt` (from 0): 0.1, 0.2, 0.4 ..."""
     return float(_FIRST_PAUSE_S * 2**attempt)
+
+
+def open_channel(library: Any, config: ChannelConfig) -> Any:
+    """A channel of `library`, which is `grpc` or `grpc.aio`; it connects at its first call."""
+    if config.tls is None:
+        return library.insecure_channel(config.target, options=config.options())
+    return library.secure_channel(config.target, config.tls.credentials(), options=config.options())
+
+
+def server_methods(channel: Any) -> tuple[Any, Any]:
+    """The calls of a channel of either library: inference, and the readiness of a model.
+
+    The server declares inference as a bidirectional stream; with one request each, a unary-stream call is that on the
+    wire, and it spares gRPC's sending thread per call. The half-close after the request lets the server end the call by
+    itself.
+    """
+    infer = channel.unary_stream(
+        STREAM_METHOD,
+        request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+    )
+    model_ready = channel.unary_unary(
+        READY_METHOD,
+        request_serializer=service_pb2.ModelReadyRequest.SerializeToString,
+        response_deserializer=service_pb2.ModelReadyResponse.FromString,
+    )
+    return infer, model_ready

@@ -12,13 +12,13 @@ from tritonclient.grpc import service_pb2
 
 from lorax_triton._channel import (
     CLOSE_TIMEOUT_S,
-    READY_METHOD,
-    STREAM_METHOD,
     ChannelConfig,
     cancelled_here,
     connection_lost,
     error_of_call,
+    open_channel,
     retry_pause,
+    server_methods,
     wait_expired,
 )
 from lorax_triton._protobuf import decode_stream_response, encode_infer_request, is_final
@@ -32,22 +32,8 @@ class _Channel:
     """A gRPC channel and the number of streams that use it."""
 
     def __init__(self, config: ChannelConfig) -> None:
-        if config.tls is None:
-            self.grpc = grpc.insecure_channel(config.target, options=config.options())
-        else:
-            self.grpc = grpc.secure_channel(config.target, config.tls.credentials(), options=config.options())
-        # The server declares a bidirectional stream; with one request each, that is this on the wire, and it spares
-        # gRPC's sending thread per call. The half-close after the request lets the server end the call by itself.
-        self.infer = self.grpc.unary_stream(
-            STREAM_METHOD,
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
-        )
-        self.model_ready = self.grpc.unary_unary(
-            READY_METHOD,
-            request_serializer=service_pb2.ModelReadyRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelReadyResponse.FromString,
-        )
+        self.grpc = open_channel(grpc, config)
+        self.infer, self.model_ready = server_methods(self.grpc)
         self.users = 0
         self.retired = False
 
