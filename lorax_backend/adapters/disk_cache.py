@@ -60,11 +60,13 @@ class DiskCache:
         """
         self.root = root
         self.max_bytes = max_bytes
-        self._lock = (
-            threading.RLock()
-        )  # a lease may end in the middle of anything, also of what holds the lock
+        # A lease may end in the middle of anything, also of what holds the lock.
+        self._lock = threading.RLock()
+        self._removed = threading.Condition(self._lock)
         self._entries: dict[Path, _Entry] = {}
         self._writing: dict[Path, int] = {}
+        self._removing: set[Path] = set()
+        self._last_use_ms = 0
         self._reserved = 0
         self._evictions = 0
         try:
@@ -78,20 +80,17 @@ class DiskCache:
         return self.root / source
 
     def repository(self, source: str, adapter_id: str) -> Path:
-        """The folder of an adapter of a source that has no layout of its own; made, and marked with the id."""
+        """Where an adapter of a source that has no layout of its own is written; `writing` makes and marks it."""
         name = (
             f"{quote(adapter_id, safe='')[:_MAX_NAME]}-{hashlib.sha256(adapter_id.encode()).hexdigest()[:12]}"
         )
-        folder = self.folder(source) / name
-        folder.mkdir(parents=True, exist_ok=True)
-        marker = folder / _ID_FILE
-        if not marker.exists():
-            marker.write_text(adapter_id)
-        return folder
+        return self.folder(source) / name
 
     @contextlib.contextmanager
-    def writing(self, repository: Path, nbytes: int) -> Iterator[None]:
+    def writing(self, repository: Path, nbytes: int, mark: str | None = None) -> Iterator[None]:
         """Make room for a download of so many bytes into a repository, which nobody removes meanwhile.
+
+        `mark` is the adapter's id, to be found after a restart where the folder's name does not tell it.
 
         Raises:
             AdapterTooLargeError: it exceeds the whole budget.
@@ -101,11 +100,15 @@ class DiskCache:
                 f"the adapter's files have {nbytes} bytes, this server's disk cache holds {self.max_bytes} "
                 "(adapter_disk_bytes)"
             )
-        with self._lock:
+        with self._removed:
+            self._removed.wait_for(lambda: repository not in self._removing)
             self._reserved += nbytes
             self._writing[repository] = self._writing.get(repository, 0) + 1
         self._evict(lambda: self._used + self._reserved > self.max_bytes)
         try:
+            if mark is not None:
+                repository.mkdir(parents=True, exist_ok=True)
+                (repository / _ID_FILE).write_text(mark)
             yield
         finally:
             with self._lock:
@@ -116,15 +119,18 @@ class DiskCache:
 
     def lease(self, source: str, adapter_id: str, folder: Path) -> DiskLease | None:
         """Note a use of the adapter in `folder` and keep it; None if it has just been removed."""
-        nbytes = _size(folder)
-        with self._lock:
+        with self._removed:
+            # Its files are still there while they are on their way out, and would vanish under the reader.
+            self._removed.wait_for(lambda: folder.parent.parent not in self._removing)
             entry = self._entries.get(folder)
             if entry is None:
-                entry = self._entries[folder] = _Entry(source, adapter_id, folder, nbytes, 0.0)
-            entry.nbytes, entry.last_used = nbytes, float(int(time.time() * 1000)) / 1000
+                entry = self._entries[folder] = _Entry(source, adapter_id, folder, 0, 0.0)
+            self._last_use_ms = max(int(time.time() * 1000), self._last_use_ms + 1)  # no two at once
+            entry.last_used = self._last_use_ms / 1000
             entry.leases += 1
         lease = DiskLease()
         weakref.finalize(lease, self._release, entry)
+        entry.nbytes = _size(folder)
         with contextlib.suppress(OSError):
             os.utime(folder, (entry.last_used, entry.last_used))
         if not (folder / CONFIG_NAME).exists():
@@ -149,11 +155,8 @@ class DiskCache:
                 and entry.adapter_id == (adapter_id or entry.adapter_id)
             ]
             victims = [entry for entry in victims if self._is_free(entry)]
-            for entry in victims:
-                del self._entries[entry.folder]
-        for entry in victims:
-            _remove_snapshot(entry.folder)
-        return sum(entry.nbytes for entry in victims)
+            self._forget(victims)
+        return self._remove(victims)
 
     def stats(self) -> dict[str, int]:
         with self._lock:
@@ -184,7 +187,7 @@ class DiskCache:
         return sum(entry.nbytes for entry in self._entries.values())
 
     def _is_free(self, entry: _Entry) -> bool:
-        return not entry.leases and entry.repository not in self._writing
+        return not (entry.leases or entry.repository in self._writing or entry.repository in self._removing)
 
     def _evict(self, needed: Any) -> int:
         victims: list[_Entry] = []
@@ -197,11 +200,27 @@ class DiskCache:
                     break
                 if _used_elsewhere(entry):
                     continue
-                del self._entries[entry.folder]
+                del self._entries[entry.folder]  # `needed` counts what is left
                 victims.append(entry)
+            self._forget(victims)
             self._evictions += len(victims)
+        return self._remove(victims)
+
+    def _forget(self, victims: list[_Entry]) -> None:
+        """With the lock held: `_remove` will follow, and until then nobody may read or write in their repositories."""
         for entry in victims:
-            _remove_snapshot(entry.folder)
+            self._entries.pop(entry.folder, None)
+            self._removing.add(entry.repository)
+
+    def _remove(self, victims: list[_Entry]) -> int:
+        """Delete what was forgotten, without the lock, since a file system may take its time; the bytes freed."""
+        try:
+            for entry in victims:
+                _remove_snapshot(entry.folder)
+        finally:
+            with self._removed:
+                self._removing.difference_update(entry.repository for entry in victims)
+                self._removed.notify_all()
         return sum(entry.nbytes for entry in victims)
 
     def _release(self, entry: _Entry) -> None:

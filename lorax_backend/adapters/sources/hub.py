@@ -132,10 +132,11 @@ class HubSource:
         for cache in [self.cache_dir] if self.disk is None else [self.cache_dir, None]:
             found = [try_to_load_from_cache(ref.id, name, cache_dir=cache, revision=commit) for name in sizes]
             files = [Path(path) for path in found if isinstance(path, str)]
-            if len(files) == len(sizes) and all(
-                not sizes[file.name] or file.stat().st_size == sizes[file.name] for file in files
-            ):
-                return files[0].parent
+            with contextlib.suppress(FileNotFoundError):  # it has just left the cache
+                if len(files) == len(sizes) and all(
+                    not sizes[file.name] or file.stat().st_size == sizes[file.name] for file in files
+                ):
+                    return files[0].parent
         return None
 
     def _from_cache(self, ref: AdapterRef) -> FetchedAdapter:

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+from filelock import Timeout as FileLockTimeout
+
 from lorax_backend.adapters.disk_cache import DiskCache
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.retry import Retry
 from lorax_backend.adapters.sources.s3_errors import ShortReadError, is_disk_full, is_transient, translate
 from lorax_backend.adapters.weight_files import CONFIG_NAME, TEMPLATE_NAMES, choose_weight_names
 from lorax_backend.errors import (
+    AdapterDownloadError,
     AdapterNotFoundError,
     AdapterTooLargeError,
     UnsupportedError,
@@ -67,8 +71,7 @@ class S3Source:
         self._max_bytes = max_bytes
         self._allow_pickle = allow_pickle
         self._retry = Retry(attempts, deadline_s, sleep)
-        self._lock = threading.Lock()
-        self._downloads: dict[Path, threading.Lock] = {}
+        self._lock_timeout_s = deadline_s
 
     def canonical(self, ref: AdapterRef) -> AdapterRef:
         bucket, key = split_id(ref.id)
@@ -88,30 +91,28 @@ class S3Source:
             raise AdapterNotFoundError(f"{ref}: there is no revision {ref.revision!r}; it is {revision} now")
         repository = self._disk.repository(self.name, ref.id)
         folder = repository / "snapshots" / revision
-        with self._alone(folder):
-            while True:
-                cached = folder.exists()
-                if not cached:
-                    with self._disk.writing(repository, sum(item.size for item in found)):
-                        self._download(ref, found, folder, started)
-                lease = self._disk.lease(self.name, ref.id, folder)
-                if lease is not None:
-                    return FetchedAdapter(folder, revision, True, cached, lease)
+        try:
+            with self._alone(folder):
+                while True:
+                    cached = folder.exists()
+                    if not cached:
+                        with self._disk.writing(repository, sum(item.size for item in found), ref.id):
+                            self._download(ref, found, folder, started)
+                    lease = self._disk.lease(self.name, ref.id, folder)
+                    if lease is not None:
+                        return FetchedAdapter(folder, revision, True, cached, lease)
+        except FileLockTimeout:
+            raise AdapterDownloadError(f"{ref}: somebody else's download of it does not end") from None
 
     def authorize(self, ref: AdapterRef, token: str | None) -> bool:
         self._list(self.canonical(ref), time.monotonic())
         return True
 
-    @contextlib.contextmanager
-    def _alone(self, folder: Path) -> Any:
-        """One download of an adapter at a time in this process."""
-        with self._lock:
-            lock = self._downloads.setdefault(folder, threading.Lock())
-        with lock:
-            yield
-        with self._lock:
-            if not lock.locked():
-                self._downloads.pop(folder, None)
+    def _alone(self, folder: Path) -> FileLock:
+        """One download of an adapter at a time, also among servers that share the folder: it appends to files."""
+        locks = self._disk.folder(".locks") / self.name
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / f"{folder.parent.parent.name}-{folder.name}.lock", self._lock_timeout_s)
 
     def _list(self, ref: AdapterRef, started: float) -> list[_Object]:
         """The adapter's configuration and weights, sorted by name."""
@@ -184,8 +185,11 @@ class S3Source:
         return self._disk.shrink() > 0 if is_disk_full(error) else is_transient(error)
 
     def _client(self) -> Any:
-        with self._lock:
+        with _creation:
             return _client(_endpoint())
+
+
+_creation = threading.Lock()  # boto3 makes one client at a time
 
 
 @functools.lru_cache(4)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import resource
+import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import pytest
 from adapter_files import read_files
 from hub_server import HubServer
 
+from lorax_backend.adapters import disk_cache
 from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
 from lorax_backend.adapters.sources.hub import HubSource
 from lorax_backend.adapters.sources.registry import create_disk_cache
@@ -29,7 +34,7 @@ def store(cache: DiskCache, name: str, age_s: float = 0.0, revision: str = "r1")
     """An adapter of SIZE bytes, as a source leaves it there, last used some time ago."""
     repository = cache.repository("s3", name)
     folder = repository / "snapshots" / revision
-    with cache.writing(repository, SIZE):
+    with cache.writing(repository, SIZE, name):
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_bytes(b"{}")
         (folder / "adapter_model.safetensors").write_bytes(b"0" * (SIZE - 2))
@@ -91,6 +96,59 @@ def test_what_another_process_has_just_used_stays(tmp_path: Path) -> None:
     store(cache, "c")
     assert "a" in names(cache)
     assert "b" not in names(cache)
+
+
+def test_an_adapter_on_its_way_out_is_not_handed_to_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = DiskCache(tmp_path, 2 * SIZE)
+    folder = store(cache, "a", age_s=100)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow_removal(folder: Path) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        shutil.rmtree(folder.parent.parent)
+
+    monkeypatch.setattr(disk_cache, "_remove_snapshot", slow_removal)
+    with ThreadPoolExecutor() as pool:
+        purge = pool.submit(cache.purge)
+        assert begun.wait(10)
+        lease = pool.submit(cache.lease, "s3", "a", folder)
+        download = pool.submit(store, cache, "a")
+        store(cache, "b")
+        assert not lease.done(), "it would read files that are being removed"
+        assert not download.done(), "it would write into a folder that is being removed"
+        go_on.set()
+        assert purge.result() == SIZE
+        assert download.result() == folder
+    assert (folder / "adapter_config.json").exists()
+    assert sorted(names(cache)) == ["a", "b"]
+
+
+def test_many_readers_of_a_cache_too_small_for_them_always_find_whole_adapters(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 3 * SIZE)
+
+    def read(number: int) -> int:
+        name = f"a{number % 7}"
+        repository = cache.repository("s3", name)
+        folder = repository / "snapshots" / "r1"
+        with locks[name]:
+            lease = cache.lease("s3", name, folder)
+            while lease is None:
+                with cache.writing(repository, SIZE, name):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / "adapter_model.safetensors").write_bytes(b"0" * (SIZE - 2))
+                    (folder / "adapter_config.json").write_bytes(b"{}")
+                lease = cache.lease("s3", name, folder)
+        size = sum(len(file.read_bytes()) for file in folder.iterdir())
+        del lease
+        return size
+
+    locks = {f"a{number}": threading.Lock() for number in range(7)}
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(read, random.Random(1).choices(range(7), k=1500))) == {SIZE}
+    assert cache.stats()["evictions"] > 0
 
 
 def test_an_adapter_larger_than_the_budget_is_refused_before_its_download(tmp_path: Path) -> None:
@@ -178,9 +236,7 @@ def test_one_revision_of_a_repository_can_go_without_the_files_it_shares(
     second = source.fetch(AdapterRef("hub", "org/a"), None).folder
     gc.collect()
     entry = cache._entries.pop(first)
-    from lorax_backend.adapters.disk_cache import _remove_snapshot
-
-    _remove_snapshot(entry.folder)
+    disk_cache._remove_snapshot(entry.folder)
     assert (second / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
     assert len(list((second.parent.parent / "blobs").iterdir())) == 2
 

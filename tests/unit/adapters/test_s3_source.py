@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,31 @@ def test_many_threads_fetching_one_adapter_download_it_once(
     assert len(found) == 6
     assert s3.count(f"GET /loras/team/shout/{WEIGHTS}") == 1
     assert os.listdir(found[0].folder.parent) == [found[0].revision]
+
+
+def test_two_servers_that_share_a_disk_cache_download_an_adapter_once(
+    s3: S3Server, files: dict[str, bytes], disk: DiskCache
+) -> None:
+    s3.put("loras", "team/shout", files)
+    sources = [S3Source(DiskCache(disk.root, 1 << 30), deadline_s=30) for _ in range(4)]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda source: source.fetch(REF, None), sources))
+    assert s3.count(f"GET /loras/team/shout/{WEIGHTS}") == 1
+    assert sorted(adapter.cached for adapter in found) == [False, True, True, True]
+    assert (found[0].folder / WEIGHTS).read_bytes() == files[WEIGHTS]
+
+
+def test_a_download_that_another_server_never_ends_is_told(
+    s3: S3Server, files: dict[str, bytes], disk: DiskCache
+) -> None:
+    s3.put("loras", "team/shout", files)
+    release = threading.Event()
+    s3.add_fault(f"GET /loras/team/shout/{WEIGHTS}", hold=release)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(S3Source(disk).fetch, REF, None)
+        while not s3.count(f"GET /loras/team/shout/{WEIGHTS}"):
+            assert not first.done()
+        second = S3Source(DiskCache(disk.root, 1 << 30), deadline_s=0.2)
+        assert "does not end" in failure(second, AdapterDownloadError)
+        release.set()
+        assert not first.result().cached
