@@ -14,12 +14,14 @@ from lorax_kernels.dispatch import (
     write_kv,
 )
 from lorax_kernels.layout import PAGE_RANK, LoraSite, PageLayout, pages_for_rank
-from lorax_kernels.metadata import AttentionBatch, LoraBatch, LoraSegment
-from lorax_kernels.worklist import WorkBuffer
+from lorax_kernels.metadata import AttentionBatch, FixedAttention, LoraBatch, LoraSegment
+from lorax_kernels.worklist import GRAPH_MAX_TOKENS, WorkBuffer
 
 __all__ = [
+    "GRAPH_MAX_TOKENS",
     "PAGE_RANK",
     "AttentionBatch",
+    "FixedAttention",
     "LoraBatch",
     "LoraSegment",
     "LoraSite",

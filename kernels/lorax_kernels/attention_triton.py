@@ -9,13 +9,14 @@ key head into the rows of one matrix product, so that every key is read once for
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from lorax_kernels.metadata import AttentionBatch
+from lorax_kernels.metadata import AttentionBatch, IntArray
 from lorax_kernels.tuning import AttentionConfig, attention_config
 
 _LOG2E = 1.4426950408889634
@@ -249,7 +250,7 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.num_decodes:
         _decode(q, (k_cache, v_cache), batch, scale * _LOG2E, sliding_window or 0, out, config)
-    if batch.num_decodes < batch.num_sequences:
+    if batch.fixed is not None or batch.num_decodes < batch.num_sequences:
         _prefill(q, (k_cache, v_cache), batch, scale * _LOG2E, sliding_window or 0, out, config)
     return out
 
@@ -269,8 +270,9 @@ def _decode(
     block_g, block_d = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(dim)
     splits = _decode_splits(batch.num_decodes * heads, config.waves * _num_sms(q.device.index))
     space = _workspace(q.device, batch.num_decodes * heads, splits, block_g, block_d)
+    contexts = batch.context_lens if batch.fixed is None else batch.fixed.decode_contexts
     _decode_kernel[(batch.num_decodes, heads, splits)](
-        q, k_cache, v_cache, out, *space, batch.block_tables, batch.context_lens,
+        q, k_cache, v_cache, out, *space, batch.block_tables, contexts,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), out.stride(0),
         batch.block_tables.stride(0), qk_scale,
         HEADS=heads, GROUP=group, BLOCK_G=block_g, BLOCK_SIZE=k_cache.shape[1], D=dim, BLOCK_D=block_d,
@@ -292,9 +294,9 @@ def _prefill(
     heads, dim = k_cache.shape[2], k_cache.shape[3]
     group = q.shape[1] // heads
     block_d = triton.next_power_of_2(dim)
-    wide = block_d > 128 or q.dtype == torch.float32
+    wide = _is_wide(block_d, q.dtype)
     block_m = 64 if wide else config.prefill_block_m
-    tiles = _prefill_tiles(batch, group, block_m, q.device)
+    tiles = _prefill_tiles(batch, group, block_m, q.device) if batch.fixed is None else batch.fixed.tiles
     _prefill_kernel[(tiles.shape[0], heads)](
         q, k_cache, v_cache, out, tiles, batch.block_tables, batch.context_lens, batch.query_start,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), out.stride(0),
@@ -316,20 +318,35 @@ def _decode_splits(cells: int, programs: int) -> int:
     return max(2, min(_MAX_SPLITS, triton.next_power_of_2(wanted)))
 
 
+def _is_wide(block_d: int, dtype: torch.dtype) -> bool:
+    return block_d > 128 or dtype == torch.float32
+
+
+def tile_rows(num_decodes: int, head_dim: int, dtype: torch.dtype, device: int | None) -> int:
+    """Packed rows, (token, query head of the group) pairs, of a prefill tile in a batch of `num_decodes` decodes."""
+    if _is_wide(triton.next_power_of_2(head_dim), dtype):
+        return 64
+    return attention_config(num_decodes, device).prefill_block_m
+
+
+def list_tiles(prefills: Iterable[tuple[int, int, int, int]], group: int, block_m: int) -> IntArray:
+    """int32 [tiles, 2]: sequence and first packed row of every tile of `AttentionBatch.prefills`, the ones with most
+    keys first."""
+    listed = []
+    for i, _, count, context in prefills:
+        starts = np.arange(0, count * group, block_m, dtype=np.int64)
+        listed.append(np.stack((np.full_like(starts, i), starts, context - count + starts // group), axis=1))
+    if not listed:
+        return np.zeros((0, 2), dtype=np.int32)
+    table = np.concatenate(listed)
+    return np.ascontiguousarray(table[np.argsort(-table[:, 2], kind="stable"), :2].astype(np.int32))
+
+
 def _prefill_tiles(batch: AttentionBatch, group: int, block_m: int, device: torch.device) -> torch.Tensor:
-    """int32 [tiles, 2]: sequence and first packed row of every tile, the ones with most keys first."""
     key = ("tiles", group, block_m)
     tiles = batch.cache.get(key)
     if not isinstance(tiles, torch.Tensor):
-        listed = []
-        for i, _, count, context in batch.prefills():
-            starts = np.arange(0, count * group, block_m, dtype=np.int64)
-            listed.append(
-                np.stack((np.full_like(starts, i), starts, context - count + starts // group), axis=1)
-            )
-        table = np.concatenate(listed)
-        table = np.ascontiguousarray(table[np.argsort(-table[:, 2], kind="stable"), :2].astype(np.int32))
-        tiles = torch.from_numpy(table)
+        tiles = torch.from_numpy(list_tiles(batch.prefills(), group, block_m))
         if device.type == "cuda":
             tiles = tiles.pin_memory().to(device, non_blocking=True)
         batch.cache[key] = tiles

@@ -131,6 +131,19 @@ class LoraBatch:
         return tuple(ranges)
 
 
+@dataclass(frozen=True, slots=True)
+class FixedAttention:
+    """Where a captured graph finds its work: how many decodes and prompt tiles a step has is data on the device.
+
+    `decode_contexts` int32 [D]: context lengths of the leading sequences that have one row each, 0 for the others,
+    which the decode kernel then skips. `tiles` int32 [tiles, 2]: sequence and first packed row of every tile of the
+    other sequences (`attention_triton.list_tiles`); tiles that a step does not need name a sequence without rows.
+    """
+
+    decode_contexts: torch.Tensor
+    tiles: torch.Tensor
+
+
 @dataclass(eq=False)
 class AttentionBatch:
     """Where the queries of a step and the keys and values they see lie. S sequences, T token rows.
@@ -139,7 +152,8 @@ class AttentionBatch:
     `context_lens` int32 [S] (tokens in the cache, this step's included), `block_tables` int32 [S, max_blocks],
     `slot_mapping` int64 [T] (block * block_size + offset where a row's key and value go; -1: nowhere). The first
     `num_decodes` sequences have one row each. `query_start_host`, `context_lens_host` and `block_tables_host` are the
-    same numbers for host-side decisions.
+    same numbers for host-side decisions. With `fixed`, the host's numbers are capacities only, and the device tensors
+    may change between runs of the same launches.
     """
 
     query_start: torch.Tensor
@@ -154,6 +168,7 @@ class AttentionBatch:
     block_tables_host: IntArray
     cache: dict[object, object] = field(default_factory=dict, repr=False)
     """Plans a backend makes once and reuses in every layer."""
+    fixed: FixedAttention | None = None
 
     @classmethod
     def build(

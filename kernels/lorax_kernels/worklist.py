@@ -28,6 +28,9 @@ HEADER = 8
 RECORD = 8
 DECODE_MAX_TOKENS = 256
 """Up to this many token rows a batch counts as decode: small row blocks, one page a unit."""
+GRAPH_MAX_TOKENS = 512
+"""Token rows of the largest `WorkBuffer`. Only decode's kernels take their loop bounds from the device, so a buffer is
+cut as for decode also beyond `DECODE_MAX_TOKENS`."""
 
 IntArray = npt.NDArray[np.int32]
 
@@ -97,7 +100,7 @@ class LoraWork:
 
 
 class WorkBuffer:
-    """Device memory of fixed address for the work lists of decode steps of `num_tokens` rows.
+    """Device memory of fixed address for the work lists of steps of `num_tokens` rows, up to `GRAPH_MAX_TOKENS`.
 
     Args:
         num_tokens: token rows of the padded batch.
@@ -107,11 +110,12 @@ class WorkBuffer:
     """
 
     def __init__(self, num_tokens: int, max_pages: int, device: torch.device | str, ring: int = 4) -> None:
-        if num_tokens > DECODE_MAX_TOKENS:
+        if num_tokens > GRAPH_MAX_TOKENS:
             raise ValueError(
-                f"num_tokens: {num_tokens} is more than a decode batch holds ({DECODE_MAX_TOKENS})"
+                f"num_tokens: {num_tokens} is more than a work buffer holds ({GRAPH_MAX_TOKENS})"
             )
         self.num_tokens = num_tokens
+        self.shape = WorkShape.for_tokens(min(num_tokens, DECODE_MAX_TOKENS))
         self.max_pages = max_pages
         pairs = num_tokens * max_pages
         self.capacity = WorkCapacity(rows=num_tokens, blocks=num_tokens, units=pairs, pages=pairs)
@@ -141,7 +145,7 @@ def build_work(
     buffer: WorkBuffer | None,
 ) -> LoraWork:
     """Cut segments (`starts`, `counts` into `rows`; `num_pages` of the flat list `pages`) into blocks and units."""
-    shape = WorkShape.for_tokens(buffer.num_tokens if buffer else num_tokens)
+    shape = buffer.shape if buffer else WorkShape.for_tokens(num_tokens)
     segment_blocks = -(-counts // shape.block_rows)
     block_segment = np.repeat(np.arange(counts.size), segment_blocks)
     block_index = np.arange(block_segment.size) - np.repeat(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lorax_kernels import AttentionBatch
+from lorax_kernels import AttentionBatch, FixedAttention
 
 
 @dataclass
@@ -27,6 +27,46 @@ class AttentionCase:
         return AttentionBatch.build(
             self.query_start, self.context_lens, self.block_tables, self.slot_mapping, device
         )
+
+
+def fixed_batch(
+    rows: int, sequences: int, tiles: int, width: int, device: torch.device | str = "cpu"
+) -> AttentionBatch:
+    """The batch of a captured graph for up to `rows` token rows: nothing but device memory of fixed address."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    return AttentionBatch(
+        query_start=zeros(sequences + 2),
+        context_lens=zeros(sequences + 1),
+        block_tables=zeros(sequences + 1, width),
+        slot_mapping=torch.full((rows,), -1, dtype=torch.int64, device=device),
+        num_decodes=sequences,
+        max_query=rows,
+        max_context=0,
+        query_start_host=np.arange(sequences + 1, dtype=np.int32),
+        context_lens_host=np.zeros(sequences, dtype=np.int32),
+        block_tables_host=np.zeros((sequences, 1), dtype=np.int32),
+        fixed=FixedAttention(zeros(sequences), zeros(tiles, 2)),
+    )
+
+
+def fill_fixed(batch: AttentionBatch, case: AttentionCase, listed: np.ndarray) -> None:
+    """Put a case into the memory of `fixed_batch`; `listed` are its tiles."""
+    assert batch.fixed is not None
+    real = case.batch()
+    count, none = real.num_sequences, batch.context_lens.numel() - 1
+    batch.query_start.fill_(int(real.query_start[-1]))
+    batch.query_start[: count + 1] = real.query_start
+    batch.context_lens.zero_()
+    batch.context_lens[:count] = real.context_lens
+    batch.block_tables.fill_(1 << 30)  # a block that nobody may look for
+    batch.block_tables[:count, : real.block_tables.shape[1]] = real.block_tables
+    batch.fixed.decode_contexts.zero_()
+    batch.fixed.decode_contexts[: real.num_decodes] = real.context_lens[: real.num_decodes]
+    batch.fixed.tiles[:, 0], batch.fixed.tiles[:, 1] = none, 0
+    batch.fixed.tiles[: len(listed)] = torch.from_numpy(listed)
 
 
 def make_attention_case(

@@ -89,9 +89,19 @@ def test_a_fixed_buffer_holds_one_batch_after_another(
         assert pairs_of(batch.work) == (expected(*case), expected(*case))
 
 
-def test_a_buffer_is_for_decode_batches_only() -> None:
-    with pytest.raises(ValueError, match="decode"):
+def test_a_buffer_larger_than_any_graph_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_tokens: 4000"):
         WorkBuffer(4000, 8, "cpu")
+
+
+def test_a_buffer_for_more_rows_than_decode_has_is_still_cut_as_for_decode() -> None:
+    buffer = WorkBuffer(500, 2, "cpu")
+    slots = np.zeros(500, np.int32)
+    batch = LoraBatch.build(slots, np.array([[3, 4]], np.int32), np.array([12], np.int32), "cpu", buffer)
+    assert batch is not None
+    assert batch.work is not None
+    assert batch.work.shape.decode
+    assert (batch.work.num_blocks, batch.work.num_units) == (32, 64)
 
 
 def test_the_header_comes_before_everything() -> None:
