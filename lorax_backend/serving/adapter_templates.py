@@ -1,4 +1,7 @@
-"""Chat templates that adapters bring along: an adapter's own wins over the base model's."""
+"""Chat templates that adapters bring along: an adapter's own wins over the base model's.
+
+They are strangers' programs, so they run in a `TemplateSandbox`, never in this process.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorax_backend.errors import TemplateError, ValidationError
-from lorax_backend.serving.chat import ChatTemplate
+from lorax_backend.serving.chat import template_source
+from lorax_backend.serving.template_sandbox import SandboxedTemplate, TemplateSandbox
 from lorax_backend.types import AdapterRef
 
 _CAPACITY = 1024
+# The largest of published models: 20 kB of template, 1 MB of tokenizer_config.json.
+_LONGEST_TEMPLATE = 1 << 20
+_LONGEST_CONFIG = 16 << 20
 
 
 class FetchedFiles(Protocol):
@@ -39,28 +46,33 @@ class AdapterTemplates:
     Args:
         sources: makes the sources, by name; called on first use.
         special_tokens: the base model's, for adapters that name none.
+        sandbox: renders them; one of its own if None. `close` closes it.
     """
 
     def __init__(
-        self, sources: Callable[[], Mapping[str, FileSource]], special_tokens: dict[str, str]
+        self,
+        sources: Callable[[], Mapping[str, FileSource]],
+        special_tokens: dict[str, str],
+        sandbox: TemplateSandbox | None = None,
     ) -> None:
         self._make_sources = sources
         self._sources: Mapping[str, FileSource] | None = None
         self._special_tokens = special_tokens
+        self._sandbox = sandbox or TemplateSandbox()
         self._lock = threading.Lock()
-        self._known: OrderedDict[AdapterRef, ChatTemplate | None] = OrderedDict()
+        self._known: OrderedDict[AdapterRef, SandboxedTemplate | None] = OrderedDict()
 
     def known(self, ref: AdapterRef) -> bool:
         """True if `get` answers without fetching anything."""
         with self._lock:
             return ref in self._known
 
-    def get(self, ref: AdapterRef, token: str | None) -> ChatTemplate | None:
+    def get(self, ref: AdapterRef, token: str | None) -> SandboxedTemplate | None:
         """The adapter's own template; None if it has none. May fetch the adapter, and block for that.
 
         Raises:
             AdapterError: the adapter cannot be had.
-            TemplateError: the adapter's template is not valid.
+            TemplateError: the adapter's template is not valid, or takes more to compile than it may.
             ValidationError: the id cannot be meant for this source.
         """
         with self._lock:
@@ -76,7 +88,7 @@ class AdapterTemplates:
         fetched = source.fetch(
             ref, token
         )  # referred to until its files have been read, or they might be removed
-        template = _read(fetched.folder, self._special_tokens)
+        template = self._read(fetched.folder, f"adapter {ref.id!r}'s")
         with self._lock:
             self._known[ref] = template
             while len(self._known) > _CAPACITY:
@@ -88,16 +100,32 @@ class AdapterTemplates:
         with self._lock:
             self._known.clear()
 
+    def close(self) -> None:
+        """Render nothing more."""
+        self._sandbox.close()
 
-def _read(folder: Path, special_tokens: dict[str, str]) -> ChatTemplate | None:
-    try:
+    def _read(self, folder: Path, owner: str) -> SandboxedTemplate | None:
         path = folder / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise TemplateError(f"adapter_id: its tokenizer_config.json cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        return None
-    return ChatTemplate.from_folder(folder, config, special_tokens | _own_tokens(config))
+        try:
+            config: Any = {}
+            if path.is_file():
+                _refuse_larger(path, owner, _LONGEST_CONFIG)
+                config = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                return None
+            if (template := folder / "chat_template.jinja").is_file():
+                _refuse_larger(template, owner, _LONGEST_TEMPLATE)
+            source = template_source(folder, config)
+        except (OSError, ValueError, RecursionError) as error:
+            raise TemplateError(f"adapter_id: {owner} chat template cannot be read: {error}") from None
+        if source is None:
+            return None
+        if len(source) > _LONGEST_TEMPLATE:
+            raise TemplateError(
+                f"adapter_id: {owner} chat template has {len(source)} characters, at most {_LONGEST_TEMPLATE} "
+                "are allowed"
+            )
+        return self._sandbox.open(source, self._special_tokens | _own_tokens(config), owner)
 
 
 def _own_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -108,3 +136,9 @@ def _own_tokens(config: dict[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
     return tokens
+
+
+def _refuse_larger(path: Path, owner: str, limit: int) -> None:
+    size = path.stat().st_size
+    if size > limit:
+        raise TemplateError(f"adapter_id: {owner} {path.name} has {size} bytes, at most {limit} are allowed")

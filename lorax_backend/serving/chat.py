@@ -22,6 +22,7 @@ _TOOL_PROMPT = (
 # Of one text or list that a template multiplies, and of a power's exponent. Adapters bring templates of strangers.
 _MAX_PRODUCT_LENGTH = 1 << 20
 _MAX_EXPONENT = 64
+_LONGEST_REASON = 2000  # characters of what a template says in refusing
 
 
 def validate_messages(messages: Any, label: str = "messages") -> list[dict[str, Any]]:
@@ -70,12 +71,28 @@ def _content(message: dict[str, Any], where: str) -> str:
     return "".join(texts)
 
 
+def template_source(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """The text of a folder's template: `chat_template.jinja`, else `chat_template` of its tokenizer_config.json.
+
+    A list of named templates yields the one called "default".
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) and source else None
+
+
 class ChatTemplate:
     """A compiled chat template. Rendering is thread-safe.
 
     Args:
         source: the Jinja text.
         special_tokens: texts such as `bos_token` and `eos_token` that templates refer to.
+        owner: whose template error messages say it is.
 
     Attributes:
         variables: names the template reads, such as `messages` and, if it knows what to do with them, `tools`.
@@ -84,10 +101,11 @@ class ChatTemplate:
         TemplateError: the text is not a template.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], owner: str = "the model's") -> None:
         self.source = source
         self._special_tokens = special_tokens
-        self._template = _compile(source)
+        self._owner = owner
+        self._template = _compile(source, owner)
         self.variables = _variables(source)
         self._uses_guideline = _GUIDELINE in self.variables
 
@@ -95,18 +113,9 @@ class ChatTemplate:
     def from_folder(
         cls, folder: Path, tokenizer_config: dict[str, Any], special: dict[str, str]
     ) -> ChatTemplate | None:
-        """The template of a model folder: `chat_template.jinja`, else `chat_template` of its tokenizer_config.json.
-
-        A list of named templates yields the one called "default".
-        """
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), special)
-        source = tokenizer_config.get("chat_template")
-        if isinstance(source, list):
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
-        return cls(source, special) if isinstance(source, str) and source else None
+        """The template of a model folder, if it has one; see `template_source`."""
+        source = template_source(folder, tokenizer_config)
+        return None if source is None else cls(source, special)
 
     def render(
         self,
@@ -139,11 +148,13 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except jinja2.TemplateError as error:
-            raise TemplateError(f"messages: the model's chat template refused them: {error}") from None
+            reason = str(error)[:_LONGEST_REASON]
+            raise TemplateError(f"messages: {self._owner} chat template refused them: {reason}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # templates run arbitrary expressions over the caller's values
-            raise TemplateError(
-                f"messages: the model's chat template failed: {type(error).__name__}: {error}"
-            ) from None
+            reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+            raise TemplateError(f"messages: {self._owner} chat template failed: {reason}") from None
 
 
 def _with_tools_as_text(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,13 +170,14 @@ def _variables(source: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
 
 
-def _compile(source: str) -> Any:
+def _compile(source: str, owner: str) -> Any:
     import jinja2
 
     try:
         return _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise TemplateError(f"the model's chat template is not valid: {error}") from error
+    except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+        reason = str(error)[:_LONGEST_REASON]
+        raise TemplateError(f"messages: {owner} chat template is not valid: {reason}") from error
 
 
 def _check_product(operator: str, left: Any, right: Any) -> None:

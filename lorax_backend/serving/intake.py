@@ -14,8 +14,10 @@ from lorax_backend.errors import CancelledError, GenerationError, LoraxError
 from lorax_backend.serving.adapter_templates import AdapterTemplates, FileSource
 from lorax_backend.serving.answer import AnswerBuilder, PreparedPrompt
 from lorax_backend.serving.delivery import LiveRequest
+from lorax_backend.serving.lanes import Lanes
 from lorax_backend.serving.prompt import prepare, sibling
 from lorax_backend.serving.sequences import SequenceGroup
+from lorax_backend.serving.template_sandbox import SandboxedTemplate
 from lorax_backend.types import AdapterRef, EngineRequest, GenerateRequest
 
 if TYPE_CHECKING:
@@ -23,12 +25,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Threads that wait for adapters' own chat templates, each with a process in which it is rendered.
+_RENDER_THREADS = 4
+
 _Fetch = tuple[AdapterRef, str | None]  # with whose token
 
 
 class Intake:
-    """Prepares requests on its own threads: those of validation, which never wait for a network, and those that fetch
-    what an adapter brings along.
+    """Prepares requests on its own threads: those of validation, which never wait for a network or a stranger's
+    program, those that fetch what an adapter brings along, and those that wait for a template it brought, of which no
+    adapter takes more than one.
 
     Args:
         host: the service; its engine, tables and metrics are used.
@@ -44,6 +50,7 @@ class Intake:
         self._pool = ThreadPoolExecutor(max(1, config.validation_workers), "lorax-validate")
         # Apart from the pool above: fetching an adapter may take as long as a download.
         self._fetchers = ThreadPoolExecutor(max(1, config.adapter_loader_threads), "lorax-fetch")
+        self._renderers = Lanes(_RENDER_THREADS, "lorax-render")
         self._lock = threading.Lock()
         self._waiting: dict[_Fetch, list[tuple[LiveRequest, GenerateRequest]]] = {}
 
@@ -59,6 +66,8 @@ class Intake:
         """Take nothing more; what has not begun is dropped."""
         for pool in (self._pool, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._renderers.stop()
+        self.adapter_templates.close()
 
     def _guarded(self, live: LiveRequest, work: Callable[[], None]) -> None:
         """Run a part of a request's preparation; what goes wrong ends that request alone."""
@@ -82,12 +91,14 @@ class Intake:
         host.admission.enter(live.handle, ref)
         if live.ended:  # cancelled meanwhile, and forgotten before it was counted
             host.admission.leave(live.handle)
-        if request.messages is None or ref is None or self.adapter_templates.known(ref):
+        if request.messages is None or ref is None:
             self._prepare(live, request)
+        elif self.adapter_templates.known(ref):
+            self._render_or_prepare(live, request, ref)
         else:
-            self._prepare_with_template(live, request, ref)
+            self._fetch_and_prepare(live, request, ref)
 
-    def _prepare_with_template(self, live: LiveRequest, request: GenerateRequest, ref: AdapterRef) -> None:
+    def _fetch_and_prepare(self, live: LiveRequest, request: GenerateRequest, ref: AdapterRef) -> None:
         """Prepare once the adapter's files are here. All who wait for the same files wait for one fetch, so that they
         take one thread and leave the others to other adapters."""
         key = (ref, request.api_token)
@@ -113,14 +124,22 @@ class Intake:
             if error is not None:
                 live.fail(error)
             else:
-                self._guarded(live, partial(self._prepare, live, request))
+                self._guarded(live, partial(self._render_or_prepare, live, request, key[0]))
 
-    def _prepare(self, live: LiveRequest, request: GenerateRequest) -> None:
+    def _render_or_prepare(self, live: LiveRequest, request: GenerateRequest, ref: AdapterRef) -> None:
+        """Prepare here with the base model's template, or elsewhere with the adapter's own."""
+        template = self.adapter_templates.get(ref, request.api_token)
+        if template is None:
+            self._prepare(live, request)
+        else:
+            work = partial(self._prepare, live, request, template)
+            self._renderers.submit(ref, partial(self._guarded, live, work))
+
+    def _prepare(
+        self, live: LiveRequest, request: GenerateRequest, template: SandboxedTemplate | None = None
+    ) -> None:
         """Tokenize and hand to the engine."""
         host = self._host
-        template = None
-        if request.messages is not None and request.adapter is not None:
-            template = self.adapter_templates.get(request.adapter, request.api_token)
         first = prepare(request, live.handle, host.tokenizer, host.limits, template)
         live.validated_at = time.monotonic()
         host.service_metrics.validated(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from lorax_backend.errors import ValidationError
 from lorax_backend.serving.answer import PreparedPrompt
-from lorax_backend.serving.chat import ChatTemplate
+from lorax_backend.serving.template_sandbox import SandboxedTemplate
 from lorax_backend.serving.tokenizer import TokenizerPool
 from lorax_backend.types import EngineInfo, EngineRequest, GenerateRequest, SamplingParams
 
@@ -27,7 +27,7 @@ class Limits:
 
 
 def encode_prompt(
-    request: GenerateRequest, tokenizer: TokenizerPool, template: ChatTemplate | None = None
+    request: GenerateRequest, tokenizer: TokenizerPool, template: SandboxedTemplate | None = None
 ) -> tuple[list[int], str]:
     """Token ids of the prompt after truncation, and its text (empty unless the answer must repeat it).
 
@@ -64,7 +64,7 @@ def prepare(
     handle: int,
     tokenizer: TokenizerPool,
     limits: Limits,
-    template: ChatTemplate | None = None,
+    template: SandboxedTemplate | None = None,
 ) -> tuple[EngineRequest, PreparedPrompt]:
     """Build the engine's request; `template` as in `encode_prompt`.
 

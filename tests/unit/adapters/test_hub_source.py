@@ -292,6 +292,7 @@ def test_a_chat_template_comes_along_and_is_found_there(
 
     assert found is not None
     assert found.render([{"role": "user", "content": "hi"}]) == "own: hi"
+    templates.close()
     assert hub.count("tokenizer.json") == 0
     downloads = hub.count("tokenizer_config.json")
     assert downloads > 0
