@@ -23,9 +23,11 @@ FIXED_COST = 0.3
 class Policy(Protocol):
     """Who is in the tier, and who leaves first."""
 
-    def use(self, ref: AdapterRef, num_pages: int) -> bool:
-        """Note a request; False if the adapter was not there (it is now)."""
+    def use(self, ref: AdapterRef) -> bool:
+        """Note a request; False if the adapter is not there."""
         ...
+
+    def add(self, ref: AdapterRef, num_pages: int) -> None: ...
 
     def evict(self) -> AdapterRef: ...
 
@@ -36,11 +38,14 @@ class Lru:
     def __init__(self) -> None:
         self._order: OrderedDict[AdapterRef, None] = OrderedDict()
 
-    def use(self, ref: AdapterRef, num_pages: int) -> bool:
+    def use(self, ref: AdapterRef) -> bool:
         found = ref in self._order
-        self._order[ref] = None
-        self._order.move_to_end(ref)
+        if found:
+            self._order.move_to_end(ref)
         return found
+
+    def add(self, ref: AdapterRef, num_pages: int) -> None:
+        self._order[ref] = None
 
     def evict(self) -> AdapterRef:
         return self._order.popitem(last=False)[0]
@@ -52,12 +57,12 @@ class Served:
     def __init__(self) -> None:
         self._order = EvictionOrder()
 
-    def use(self, ref: AdapterRef, num_pages: int) -> bool:
-        if ref in self._order:
-            self._order.hit(ref)
-            return True
+    def use(self, ref: AdapterRef) -> bool:
+        self._order.hit(ref)
+        return ref in self._order
+
+    def add(self, ref: AdapterRef, num_pages: int) -> None:
         self._order.add(ref, num_pages)
-        return False
 
     def evict(self) -> AdapterRef:
         ref = min(self._order, key=self._order.rank)
@@ -88,18 +93,20 @@ def simulate(policy: Policy, workload: Workload) -> Outcome:
     free, hits, cost = workload.capacity, 0, 0.0
     for number in workload.requests:
         ref = refs[number]
-        if policy.use(ref, sizes[ref]):
+        if policy.use(ref):
             hits += 1
             continue
         cost += FIXED_COST + sizes[ref]
         free -= sizes[ref]
         while free < 0:
             free += sizes[policy.evict()]
+        policy.add(ref, sizes[ref])
     return Outcome(hits / len(workload.requests), cost / len(workload.requests))
 
 
 def workloads(requests: int, seed: int) -> list[Workload]:
-    """Zipf(1.0) over 200 adapters with and without changing favourites, and uniform traffic over twice the room."""
+    """Zipf(1.0) over 200 adapters with and without changing favourites, with scans through all, uniform traffic over
+    twice the room, and rounds: the same adapters one after another for ever, more than there is room for."""
     rng, count = random.Random(seed), 200
     weights = [1 / (rank + 1) for rank in range(count)]
     mixed = [rng.choice([1, 2, 2, 4, 8]) for _ in range(count)]  # ranks 8 to 64
@@ -110,12 +117,20 @@ def workloads(requests: int, seed: int) -> list[Workload]:
         rng.shuffle(order)
         drifting += [order[rank] for rank in rng.choices(range(count), weights, k=requests // 8)]
     uniform = [rng.randrange(64) for _ in range(requests)]
+    scanned: list[int] = []
+    while len(scanned) < requests:
+        scanned += [*rng.choices(range(count), weights, k=4 * count), *range(count)]
+    rounds = [number % 64 for number in range(requests)]
     return [
         Workload("zipf, rank 16, 32 on the device", zipf, [2] * count, 64),
         Workload("zipf, ranks 8 to 64, device", zipf, mixed, 110),
         Workload("zipf, ranks 8 to 64, host", zipf, mixed, 220),
         Workload("zipf, favourites change, device", drifting, mixed, 110),
+        Workload("zipf, and a scan now and then", scanned, [2] * count, 64),
         Workload("uniform, twice the slots", uniform, [2] * 64, 64),
+        Workload("rounds, twice the slots", rounds, [2] * 64, 64),
+        Workload("rounds, twice the room, mixed", rounds, mixed[:64], sum(mixed[:64]) // 2),
+        Workload("rounds, four slots too few", [n % 36 for n in range(requests)], [2] * 36, 64),
     ]
 
 

@@ -184,7 +184,7 @@ class HostTier(_Tier):
         """The weights of a record with a reservation have come."""
         record.host = weights
         self._records[record.ref] = record
-        self.order.add(record.ref, record.num_pages)
+        self.order.add(record.ref, record.num_pages, record.uncounted)
 
     def copied(self, record: AdapterRecord, event: CopyEvent | None) -> None:
         """A copy of the record's pages to the device ends with `event`; they must not change before."""
@@ -283,7 +283,7 @@ class DeviceTier(_Tier):
             raise
         record.slot = slot
         self._records[record.ref] = record
-        self.order.add(record.ref, record.num_pages)
+        self.order.add(record.ref, record.num_pages, len(record.handles))
         return event
 
     def remove(self, record: AdapterRecord, evicted: bool = True) -> None:

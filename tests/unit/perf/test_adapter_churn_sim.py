@@ -21,6 +21,9 @@ def test_under_zipf_traffic_it_misses_clearly_less(workload: Workload) -> None:
     assert 1 - served.hit_ratio < 0.92 * (1 - lru.hit_ratio)
 
 
-def test_there_is_no_cliff_when_adapters_are_twice_the_slots() -> None:
-    workload = WORKLOADS[-1]
-    assert simulate(Served(), workload).hit_ratio > 0.45
+@pytest.mark.parametrize(
+    ("workload", "at_least"), list(zip(WORKLOADS[5:], (0.45, 0.4, 0.3, 0.7), strict=True))
+)
+def test_there_is_no_cliff_when_adapters_are_more_than_the_slots(workload: Workload, at_least: float) -> None:
+    """Of those that come round and round LRU finds none, though half of them are there."""
+    assert simulate(Served(), workload).hit_ratio > at_least
