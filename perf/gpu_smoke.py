@@ -30,44 +30,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "perf")]
 import numpy as np
 import torch
 from environment import environment
+from gpu_models import MIXED_RANKS, SHAPES, write_model
 
 from lorax_backend.config import ServerConfig
 from lorax_backend.model.runner import TorchModelRunner
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_backend.types import SamplingParams
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
-    "llama3-1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-MIXED_RANKS = (8, 16, 64, 12, 32)
-
 
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def write_model(folder: Path, shape: str) -> Path:
-    """A config.json alone: weights are random."""
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "max_position_embeddings": 8192, "attention_bias": False, "mlp_bias": False,
-        "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config | SHAPES[shape]))
-    return folder
 
 
 class Engine:

@@ -9,32 +9,14 @@ import threading
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-
-@dataclass(slots=True)
-class Request:
-    """One stream: prompt ids, adapter id (empty: the base model) and tokens wanted."""
-
-    prompt: list[int]
-    adapter: str = ""
-    max_tokens: int = 16
-
-
-@dataclass(slots=True)
-class Record:
-    """What came back. Times in seconds on the system's monotonic clock; `arrivals` are (time, new tokens)."""
-
-    sent: float = 0.0
-    arrivals: list[tuple[float, int]] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    error: str = ""
+from records import Record, Request
 
 
 def run_streams(
     address: str, requests: Sequence[Request], processes: int = 8, timeout: float = 300.0
 ) -> list[Record]:
-    """Start all requests at once and wait for all of them; records in the order of `requests`."""
+    """Start all requests at once, but for those with a delay, and wait for all; records in the order of `requests`."""
     processes = min(processes, len(requests))
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes)
@@ -82,6 +64,8 @@ def _serve_share(
 
 def _run_one(stub: object, request: Request, record: Record, timeout: float) -> None:
     message = _message(request)
+    if request.delay_s:
+        time.sleep(request.delay_s)
     record.sent = time.monotonic()
     try:
         for answer in stub.ModelStreamInfer(iter([message]), timeout=timeout):  # type: ignore[attr-defined]
