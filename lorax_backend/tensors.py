@@ -46,7 +46,10 @@ def _float(name: str, doc: str) -> TensorSpec:
 
 PROMPT_INPUTS: tuple[TensorSpec, ...] = (
     _text("text_input", "prompt"),
-    _text("messages", "chat, a JSON list of {role, content}; rendered with the model's chat template"),
+    _text(
+        "messages",
+        "chat, a JSON list of {role, content}; rendered with the adapter's own or the model's chat template",
+    ),
     TensorSpec("input_ids", "INT32", LIST, "prompt as token ids, used as they are"),
 )
 
@@ -144,9 +147,13 @@ OUTPUT_FLAGS: dict[str, str] = {
     "details": "return_details",
 }
 
-# The tokenizer needs what decides the prompt's ids, and no more; request parameters reach every model by
-# themselves.
-TOKENIZER_INPUTS: tuple[TensorSpec, ...] = (*PROMPT_INPUTS, _SAMPLING_INPUTS[0])
+# The tokenizer needs what decides the prompt's ids, and no more: the adapter for its chat template, the seed for
+# aliases that choose among adapters by it. Request parameters reach every model by themselves.
+TOKENIZER_INPUTS: tuple[TensorSpec, ...] = (
+    *PROMPT_INPUTS,
+    *(spec for spec in _SAMPLING_INPUTS if spec.name in ("sampling_parameters", "seed")),
+    *(spec for spec in _ADAPTER_INPUTS if spec.name != "merged_adapters"),
+)
 TOKENIZER_OUTPUTS: tuple[TensorSpec, ...] = (PROMPT_INPUTS[2],)
 
 BY_INPUT_NAME: dict[str, TensorSpec] = {spec.name: spec for spec in INPUTS}

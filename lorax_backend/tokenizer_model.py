@@ -14,17 +14,15 @@ from lorax_backend.triton_io import decode_request, error_response
 from lorax_backend.triton_setup import complete_config, model_exception, read_config, set_up_logging
 
 if TYPE_CHECKING:
-    from lorax_backend.config import ServerConfig
-    from lorax_backend.serving.tokenizer import TokenizerPool
+    from lorax_backend.serving.prompt_tokenizer import PromptTokenizer
 
 _log = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
-    """Tokenizes one request at a time, exactly as `lorax` itself does."""
+    """Tokenizes one request at a time, exactly as `lorax` itself does; what it cannot do so it refuses."""
 
-    _config: ServerConfig
-    _tokenizer: TokenizerPool
+    _tokenizer: PromptTokenizer
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
@@ -32,11 +30,11 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         try:
-            self._config = read_config(args)
-            set_up_logging(self._config)
-            from lorax_backend.serving.local import open_tokenizer
+            config = read_config(args)
+            set_up_logging(config)
+            from lorax_backend.serving.local import open_prompt_tokenizer
 
-            self._tokenizer = open_tokenizer(self._config)
+            self._tokenizer = open_prompt_tokenizer(config)
         except Exception as error:
             _log.exception("the tokenizer cannot be loaded")
             raise model_exception(error) from None
@@ -45,15 +43,14 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        from lorax_backend.serving.parameters import parse_prompt
-        from lorax_backend.serving.prompt import encode_prompt
-
         try:
-            prompt = parse_prompt(decode_request(request), self._config)
-            ids, _ = encode_prompt(prompt, self._tokenizer)
+            ids = self._tokenizer.encode(decode_request(request))
         except LoraxError as error:
             return error_response(error)
         except Exception as error:
             _log.exception("a prompt could not be tokenized")
             return error_response(LoraxError(f"the prompt could not be tokenized: {error}"))
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", np.array(ids, dtype=np.int32))])
+
+    def finalize(self) -> None:
+        self._tokenizer.close()

@@ -16,6 +16,7 @@ from lorax_backend.tensors import (
     GENERATION_INPUTS,
     INPUTS,
     OUTPUTS,
+    PROMPT_INPUTS,
     TOKENIZER_INPUTS,
     TOKENIZER_OUTPUTS,
     TensorSpec,
@@ -118,7 +119,7 @@ def ensemble_config() -> str:
     Nothing may stand behind the decoupled step: its responses would cost twice as much, and a stream would be
     cut when the server drains.
     """
-    prompt = {spec.name for spec in TOKENIZER_INPUTS} - {"sampling_parameters"}
+    prompt = {spec.name for spec in PROMPT_INPUTS}
     passed_on = [(spec.name, spec.name) for spec in GENERATION_INPUTS if spec.name not in prompt]
     ids = TOKENIZER_OUTPUTS[0].name
     steps = (

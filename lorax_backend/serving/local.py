@@ -10,6 +10,7 @@ from lorax_backend.config import ServerConfig
 from lorax_backend.errors import LoraxError
 from lorax_backend.model_source import resolve_model, resolve_tokenizer
 from lorax_backend.serving.adapter_templates import FileSource
+from lorax_backend.serving.prompt_tokenizer import PromptTokenizer
 from lorax_backend.serving.service import GenerationService
 from lorax_backend.serving.tokenizer import TokenizerPool
 from lorax_backend.smollm2 import ModelSourceError
@@ -17,13 +18,17 @@ from lorax_backend.smollm2 import ModelSourceError
 Progress = Callable[[str], None]
 
 
-def open_tokenizer(config: ServerConfig, progress: Progress | None = None) -> TokenizerPool:
-    """Get the model's files and load its tokenizer alone.
+def open_prompt_tokenizer(config: ServerConfig, progress: Progress | None = None) -> PromptTokenizer:
+    """Get the model's files and load its tokenizer alone. Call the result's `close` at the end.
 
     Raises:
         RuntimeError: the model or its tokenizer cannot be had; the message says why.
     """
-    return _load_tokenizer(config, resolve_model(config, progress), progress)
+    tokenizer = _load_tokenizer(config, resolve_model(config, progress), progress)
+    try:
+        return PromptTokenizer(config, tokenizer, partial(_adapter_sources, config))
+    except LoraxError as error:
+        raise RuntimeError(error.message) from error
 
 
 def open_service(config: ServerConfig, progress: Progress | None = None) -> GenerationService:

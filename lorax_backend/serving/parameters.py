@@ -82,12 +82,17 @@ def parse_prompt(raw: RawRequest, config: ServerConfig) -> GenerateRequest:
     """Read only what decides the prompt's token ids; for the tokenizer model, whose requests may lack the rest."""
     given = collect(raw)
     prompt = _read_prompt(given, config)
+    adapter = read_adapter(given, config)
     given.raise_problems()
     values = given.values
+    seed = values.get("seed")
     return GenerateRequest(
         request_id=raw.request_id,
-        sampling=SamplingParams(max_new_tokens=0),
+        sampling=SamplingParams(max_new_tokens=0, seed=seed or 0),
         **prompt,
+        adapter=adapter,
+        api_token=values.get("api_token") or _bearer_token(raw.parameters),
+        seed_given=seed is not None,
         truncate=values.get("truncate"),
         add_special_tokens=values.get("add_special_tokens", True),
         tools=values.get("tools"),
