@@ -20,7 +20,8 @@ class AdapterQueue:
         number: unique, in order of first request; breaks ties.
         counter: tokens computed for it, divided by `weight`: its virtual time. The lowest is served next.
         ready: sequences that wait for nothing but room, in serving order.
-        loading: sequences whose adapter, or whose right to it, is not there yet.
+        loading: sequences whose adapter, or whose right to it, is not there yet, in the order in which they are asked
+            about.
         running: sequences that have a row.
         served_at: when it was last given anything, or else began to wait; seconds of the scheduler's clock.
     """
@@ -32,7 +33,7 @@ class AdapterQueue:
     served_at: float = float("-inf")
     running: int = 0
     ready: list[Sequence] = field(default_factory=list)
-    loading: list[Sequence] = field(default_factory=list)
+    loading: dict[Sequence, None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class AdapterQueue:
         if place < len(self.ready) and self.ready[place] is seq:
             del self.ready[place]
         else:
-            self.loading.remove(seq)
+            del self.loading[seq]
 
     def charge(self, seq: Sequence, num_tokens: int) -> None:
         """`num_tokens` tokens of `seq` are computed in the next step."""

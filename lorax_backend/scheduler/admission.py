@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from operator import attrgetter
 
 from lorax_backend.scheduler.adapter_queue import AdapterQueue
 from lorax_backend.scheduler.block_manager import BlockManager
@@ -41,6 +42,7 @@ _MAX_PREFETCHED = 4
 _HEADROOM = 8  # one part in this many of rows and blocks
 _PROMPT_PART = 4  # one part in this many of a step's tokens
 _MIN_PROMPT_PART = 256  # tokens; steps get no shorter by less
+_PLACE = attrgetter("counter", "served_at", "number")
 
 
 @dataclass(slots=True)
@@ -100,17 +102,29 @@ class Admission:
             self.rotation.choose(now)
             self._serve_claims(step)
         if plan.budget and (under_way or (step.is_open and backlogged)):
-            waiting = self._queues.candidates(now) if step.is_open else ()
-            self._serve(step, {**dict.fromkeys(waiting), **under_way})
+            self._serve(step)
         if backlogged:
             self._prefetch()
 
-    def _serve(self, step: _Step, queues: Iterable[AdapterQueue]) -> None:
-        heap = [(self._order(queue, step.now), queue) for queue in queues]
+    def _serve(self, step: _Step) -> None:
+        """Give the queues their parts in fair order. Most steps have room for one or two, so the places of the others
+        are not worked out: they come as a stream, sorted already."""
+        first = dict.fromkeys(step.prefilling)
+        if step.is_open:
+            first |= dict.fromkeys((*self._queues.overdue(step.now), *self._queues.idle_base))
+        heap = [(self._order(queue, step.now), queue) for queue in first]
         heapq.heapify(heap)
+        others = self._in_order(first, step) if step.is_open else iter(())
+        coming = next(others, None)
         located: set[AdapterQueue] = set()
-        while heap and step.plan.budget and (step.is_open or step.num_under_way):
-            order, queue = heap[0]
+        while step.plan.budget and (step.is_open or step.num_under_way):
+            while coming is not None and not (heap and heap[0] < coming):
+                if self._may_be_admitted(coming[1], step):
+                    heapq.heappush(heap, coming)
+                coming = next(others, None)
+            if not heap:
+                break
+            queue = heap[0][1]
             if self._is_far(queue, located, step):
                 order = self._queues.order(queue, step.now, self._settings.grouping)
                 heapq.heapreplace(heap, (order, queue))
@@ -118,6 +132,23 @@ class Admission:
                 heapq.heapreplace(heap, (self._order(queue, step.now), queue))
             else:
                 heapq.heappop(heap)
+
+    def _in_order(
+        self, others: dict[AdapterQueue, None], step: _Step
+    ) -> Iterator[tuple[Order, AdapterQueue]]:
+        """Queues with ready sequences but `others`, none of which is overdue, with their places."""
+        busy = sorted([queue for queue in self._queues.busy if queue not in others], key=_PLACE)
+        idle = [queue for queue in self._queues.idle() if queue not in others]
+        return heapq.merge(*(((self._order(q, step.now), q) for q in queues) for queues in (busy, idle)))
+
+    def _may_be_admitted(self, queue: AdapterQueue, step: _Step) -> bool:
+        """False if none of its sequences can start in this step, whatever they are."""
+        if self.rotation.is_closed(queue):
+            return False
+        if queue.ref is not None and not queue.running and not step.room_is_open:
+            self.rotation.claim(queue, step.now)
+            return False
+        return True
 
     def _order(self, queue: AdapterQueue, now: float) -> Order:
         idle = queue.ref is not None and not queue.running
@@ -160,10 +191,7 @@ class Admission:
 
     def _admit(self, queue: AdapterQueue, step: _Step) -> bool:
         """Start the first sequence of the queue that can; False if there is none."""
-        if not queue.ready or self.rotation.is_closed(queue) or self._must_hold(queue, step):
-            return False
-        if queue.ref is not None and not queue.running and not step.room_is_open:
-            self.rotation.claim(queue, step.now)
+        if not queue.ready or not self._may_be_admitted(queue, step) or self._must_hold(queue, step):
             return False
         while step.is_open and step.passed[queue] < len(queue.ready):
             seq = queue.ready[step.passed[queue]]
@@ -184,7 +212,7 @@ class Admission:
         if self._must_wait_for_budget(seq, prefix, step.plan):
             step.is_open = False
             return False
-        if not self._blocks.can_allocate(seq, prefix, self._reserve(seq, queue, step)):
+        if not self._has_blocks(seq, prefix, queue, step):
             self._refuse(seq, step)
             return None
         if self.leases.take(seq):
@@ -225,21 +253,27 @@ class Admission:
             queue, queue.running, self._rows.num_rows, step
         )
 
-    def _reserve(self, seq: Sequence, queue: AdapterQueue, step: _Step) -> int:
-        """Blocks that a newcomer must leave: about what the running sequences grow by in the next few steps, so that
-        it is not preempted as soon as it has started. Nothing runs: nothing to leave, so that anything can start."""
+    def _has_blocks(self, seq: Sequence, prefix: list[int], queue: AdapterQueue, step: _Step) -> bool:
+        """True if a newcomer finds blocks and leaves about what the running sequences grow by in the next few steps, so
+        that it is not preempted as soon as it has started. Nothing runs: nothing to leave, so anything can start."""
         if not self._rows.sequences:
-            return 0
+            return self._blocks.can_allocate(seq, prefix)
         reserve = len(self._rows.sequences) // 4 + 1
+        if self._blocks.can_allocate(seq, prefix, reserve + self._settings.num_blocks // _HEADROOM):
+            return True
+        return self._blocks.can_allocate(seq, prefix, reserve + self._headroom(seq, queue, step))
+
+    def _headroom(self, seq: Sequence, queue: AdapterQueue, step: _Step) -> int:
+        """Blocks that are kept from the newcomer for others, since its adapter has more than its share."""
         if not queue.running or self._is_aged(seq, step.now) or self._is_overdue(queue, step.now):
-            return reserve
+            return 0
         if step.blocks_used is None:
             step.blocks_used = Counter()
             for other in self._rows.sequences:
                 step.blocks_used[queue_of(other)] += len(other.block_table)
         if self._exceeds_share(queue, step.blocks_used[queue], self._settings.num_blocks, step):
-            reserve += self._settings.num_blocks // _HEADROOM
-        return reserve
+            return self._settings.num_blocks // _HEADROOM
+        return 0
 
     def _is_overdue(self, queue: AdapterQueue, now: float) -> bool:
         return now - queue.served_at > self._settings.fairness_bound_s
@@ -284,6 +318,7 @@ class Admission:
         self._rows.start(seq)
         if not queue.running:
             self.rotation.start(queue, step.now)
+            self._queues.note_started(queue)
         queue.running += 1
         if step.blocks_used is not None:
             step.blocks_used[queue] += len(seq.block_table)
@@ -312,7 +347,7 @@ class Admission:
     def _prefetch(self) -> None:
         """Name the adapters that come next and are not on the device yet."""
         refs: list[AdapterRef] = []
-        for queue in islice(chain(self.rotation.claims, self._queues.backlogged), _MAX_LOOKED_UP):
+        for queue in islice(chain(self.rotation.claims, self._queues.idle(_MAX_LOOKED_UP)), _MAX_LOOKED_UP):
             ref = queue.ref
             if ref is None or queue.running or not queue.ready or ref in refs:
                 continue

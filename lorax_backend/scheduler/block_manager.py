@@ -110,10 +110,11 @@ class BlockManager:
 
     def register(self, seq: Sequence) -> None:
         """Offer the full blocks of `seq` for sharing: those whose tokens are known and whose steps are scheduled."""
-        if not self.prefix_caching:
-            return
         full = min(seq.num_computed, len(seq.token_ids)) // self.block_size
         if full <= seq.num_registered:
+            return
+        if not self.prefix_caching:
+            seq.num_registered = full
             return
         self._extend_hashes(seq, full)
         for index in range(seq.num_registered, full):
@@ -136,7 +137,7 @@ class BlockManager:
                 else:
                     self._cached[block] = None
         seq.block_table.clear()
-        seq.num_registered = 0
+        seq.num_registered = seq.capacity = 0
 
     def reset_prefix_cache(self) -> None:
         """Forget every shared prefix. Sequences keep the blocks they use."""
@@ -189,6 +190,7 @@ class BlockManager:
                 self._forget(block)
             self._ref_counts[block] = 1
             seq.block_table.append(block)
+        seq.capacity = len(seq.block_table) * self.block_size
 
     def _forget(self, block: int) -> None:
         block_hash = self._hash_of[block]
@@ -197,8 +199,13 @@ class BlockManager:
             self._hash_of[block] = None
 
     def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
-        hashes, size = seq.block_hashes, self.block_size
-        for index in range(len(hashes), num_blocks):
-            parent = hashes[-1] if hashes else hashlib.sha256(seq.cache_key.encode()).digest()
-            tokens = array("q", seq.token_ids[index * size : (index + 1) * size])
-            hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+        hashes, done = seq.block_hashes, len(seq.block_hashes)
+        if done >= num_blocks:
+            return
+        sha256 = hashlib.sha256
+        parent = hashes[-1] if hashes else sha256(seq.cache_key.encode()).digest()
+        tokens = array("q", seq.token_ids[done * self.block_size : num_blocks * self.block_size]).tobytes()
+        size = 8 * self.block_size
+        for begin in range(0, len(tokens), size):
+            parent = sha256(parent + tokens[begin : begin + size]).digest()
+            hashes.append(parent)

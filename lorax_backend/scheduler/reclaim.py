@@ -6,7 +6,7 @@ Half, because what is taken back must be computed again: the chances of ordinary
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 
 from lorax_backend.scheduler.adapter_queue import AdapterQueue
 from lorax_backend.scheduler.leases import AdapterRoom
@@ -17,6 +17,7 @@ from lorax_backend.scheduler.settings import SchedulerSettings
 from lorax_backend.scheduler.waiting import WaitingQueues, queue_of
 
 _MAX_RECLAIMED = 4  # rows of one step
+_MAX_LOOKED_AT = 16  # queues that run nothing, those given least
 
 
 class RowReclaim:
@@ -48,7 +49,7 @@ class RowReclaim:
             return []
         entitled = (
             queue
-            for queue in self._queues.candidates(now)
+            for queue in chain(self._queues.idle(_MAX_LOOKED_AT), self._queues.busy)
             if (2 * queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue)
         )
         claims = sorted(queue.counter for queue in islice(entitled, _MAX_RECLAIMED))

@@ -41,10 +41,11 @@ class RunningRows:
         most sequences for its weight. The first of all in serving order is spared while there is another, so that
         however often blocks run out, one sequence after the other comes to its end."""
         counts = Counter(queue_of(seq) for seq in self.sequences)
+        planned = plan.handles
         first = self.sequences[0]
         best: Sequence | None = None
         for seq in reversed(self.sequences):
-            if seq in plan or (seq is first and best is not None):
+            if seq.handle in planned or (seq is first and best is not None):
                 continue
             if best is None or _crowding(seq, counts) > _crowding(best, counts):
                 best = seq

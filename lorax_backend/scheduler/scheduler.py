@@ -22,10 +22,18 @@ from lorax_backend.scheduler.leases import AdapterRoom
 from lorax_backend.scheduler.plan import StepPlan
 from lorax_backend.scheduler.reclaim import RowReclaim
 from lorax_backend.scheduler.rows import RunningRows
-from lorax_backend.scheduler.sequence import ScheduledBatch, Sequence, SequenceStatus, StepResult
+from lorax_backend.scheduler.sequence import (
+    ScheduledBatch,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+    StepResult,
+)
 from lorax_backend.scheduler.settings import SchedulerSettings
 from lorax_backend.scheduler.waiting import WaitingQueues, queue_of
 from lorax_backend.types import FinishReason, TokenOutput
+
+_new_tuple = tuple.__new__
 
 
 class Scheduler:
@@ -70,7 +78,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """True if a sequence runs or waits for nothing but room."""
         self._waiting.promote(self._adapters.is_ready, self._clock(), at_most=None)
-        return bool(self._running or self._waiting.backlogged)
+        return bool(self._running or self._waiting.has_backlog)
 
     @property
     def next_deadline(self) -> float | None:
@@ -136,13 +144,8 @@ class Scheduler:
         self._refuse_too_large()
         if not plan:
             return None
+        self._note_prompts(plan)
         batch = plan.batch(self._rows.take_finished())
-        for item in batch.sequences:
-            seq = item.seq
-            seq.num_computed = item.start + item.count
-            seq.num_in_flight += item.sample
-            if seq.num_computed // self.settings.block_size > seq.num_registered:
-                self.blocks.register(seq)
         self._leases.step_launched()
         return batch
 
@@ -156,27 +159,27 @@ class Scheduler:
             raise RuntimeError(
                 f"the step drew {len(result.token_ids)} tokens for {batch.num_sampled} sequences"
             )
-        outputs = []
-        tokens, block_size = result.token_ids, self.settings.block_size
-        entry = -1
-        for item in batch.sequences:
-            if not item.sample:
-                continue
-            entry += 1
-            seq = item.seq
+        outputs: list[TokenOutput] = []
+        block_size, finished = self.settings.block_size, SequenceStatus.FINISHED
+        sampled = [item.seq for item in batch.sequences if item.sample]
+        drawn = zip(sampled, result.token_ids, result.logprobs, result.top_logprobs, strict=True)
+        for entry, (seq, token, logprob, top) in enumerate(drawn):
             seq.num_in_flight -= 1
-            if seq.status is SequenceStatus.FINISHED:
+            if seq.status is finished:
                 continue
-            seq.token_ids.append(tokens[entry])
+            seq.token_ids.append(token)
             if seq.num_computed // block_size > seq.num_registered:
                 self.blocks.register(seq)
-            reason = _end(seq)
-            if reason is not None:
-                self._finish(seq)
-            output = TokenOutput(
-                seq.handle, tokens[entry], result.logprobs[entry], result.top_logprobs[entry], reason
+            length, reason = len(seq.token_ids), None
+            if length >= seq.max_total or token in seq.stop_token_ids:
+                reason = _end(seq)
+                if reason is not None:
+                    self._finish(seq)
+            # The tuple itself, since TokenOutput's own constructor takes twice as long.
+            output = _new_tuple(
+                TokenOutput, (seq.handle, token, logprob, top, reason, None, None, None, None)
             )
-            if len(seq.token_ids) == seq.prompt_len + 1:
+            if length == seq.prompt_len + 1:
                 output = _with_first_token(output, seq, result.prompt_logprobs.get(entry))
             outputs.append(output)
         self.num_generated_tokens += len(outputs)
@@ -189,6 +192,7 @@ class Scheduler:
         outputs = []
         for item in batch.sequences:
             item.seq.num_in_flight -= item.sample
+            item.seq.num_tokens -= item.sample
             outputs += self.end_with_error(item.seq.handle, error)
         self.blocks.reset_prefix_cache()
         if launched:
@@ -203,6 +207,7 @@ class Scheduler:
         step must have come to its end. Its sequences are preempted, so they lose time but nothing else."""
         for item in batch.sequences:
             item.seq.num_in_flight -= item.sample
+            item.seq.num_tokens -= item.sample
             if item.seq.status is SequenceStatus.RUNNING:
                 self._preempt(item.seq)
         self.blocks.reset_prefix_cache()
@@ -229,22 +234,39 @@ class Scheduler:
     def _decode(self, plan: StepPlan) -> list[Sequence]:
         """Schedule the next token of sequences whose prompt has been computed; the other running ones."""
         prefilling: list[Sequence] = []
-        block_size = self.settings.block_size
-        for seq in list(self._running):  # a copy: preemption shortens the list
-            num_tokens = len(seq.token_ids) + seq.num_in_flight
+        add, running = plan.decodes.append, SequenceStatus.RUNNING
+        room, planned = plan.budget, plan.handles if plan.prefill_first else ()
+        for seq in self._running[:]:  # a copy: preemption shortens the list
+            num_tokens = seq.num_tokens
             if num_tokens - seq.num_computed != 1:
                 prefilling.append(seq)
             elif (
-                plan.budget
-                and num_tokens - seq.prompt_len
-                < seq.sampling.max_new_tokens  # or its last token is under way
-                and seq.status is SequenceStatus.RUNNING
-                and not (plan.prefill_first and seq in plan)
-                and (num_tokens <= len(seq.block_table) * block_size or self._make_room(seq, plan))
+                room
+                and num_tokens < seq.max_total  # or its last token is under way
+                and seq.status is running
+                and seq.handle not in planned
+                and (num_tokens <= seq.capacity or self._make_room(seq, plan))
             ):
-                plan.add_decode(seq, num_tokens)
-                queue_of(seq).counter += seq.token_cost
+                add(ScheduledSequence(seq, num_tokens - 1, 1, True, num_tokens - seq.prompt_len))
+                # Nothing takes the sequence out of the plan again. Its blocks are registered by `update`: the step
+                # that is put together here may not share what it writes itself.
+                seq.num_computed = num_tokens
+                seq.num_in_flight += 1
+                seq.num_tokens += 1
+                seq.queue.counter += seq.token_cost  # type: ignore[union-attr]
+                room -= 1
+        plan.budget = room
         return prefilling
+
+    def _note_prompts(self, plan: StepPlan) -> None:
+        """The step is complete: what it computes of prompts may be shared by the next."""
+        for item in plan.prompts:
+            seq = item.seq
+            seq.num_computed = item.start + item.count
+            seq.num_in_flight += item.sample
+            seq.num_tokens += item.sample
+            if seq.num_computed // self.settings.block_size > seq.num_registered:
+                self.blocks.register(seq)
 
     def _prefilling(self) -> list[Sequence]:
         """Running sequences whose prompt, or what must be computed again, is not computed to its end."""
@@ -305,6 +327,7 @@ class Scheduler:
         if not queue.running:
             queue.served_at = self._clock()
             self._admission.rotation.stop(queue)
+            self._waiting.note_stopped(queue)
 
 
 def _end(seq: Sequence) -> FinishReason | None:

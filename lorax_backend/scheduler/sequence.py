@@ -22,13 +22,15 @@ class SequenceStatus(Enum):
 class Sequence:
     """Tokens and place of one request. Only the Scheduler writes the fields below `arrival`.
 
-    `token_ids` is the prompt and every token whose value is known. `num_computed` counts tokens whose keys and
+    `token_ids` is the prompt and every token whose value is known; `num_tokens` counts these and the ones that launched
+    steps are sampling. `num_computed` counts tokens whose keys and
     values are in the cache (or will be, once the steps already launched have run). `slot` is the sequence's row in
     the runner's per-sequence state while it runs, -1 otherwise. `adapter_slot` is the index the adapter provider
     gave, -1 for the base model. `cache_key` seeds the prefix hashes: two adapters, or two revisions of one, never
     share blocks. `num_in_flight` counts launched steps whose token is not known yet. `block_hashes` holds the prefix
     hashes of the leading full blocks, as far as known, and `num_registered` how many of them the block manager has
-    been offered for sharing. `queue` is that of its adapter, `order` its place in it, `token_cost` what a token is
+    been offered for sharing. `capacity` is how many tokens the blocks hold, `max_total` how many there are when it ends
+    by length. `queue` is that of its adapter, `order` its place in it, `token_cost` what a token is
     charged. `refused_since` is when it was first passed over for want of room since it last began to wait.
     """
 
@@ -56,6 +58,15 @@ class Sequence:
     order: float = 0.0
     token_cost: float = 1.0
     refused_since: float | None = None
+    capacity: int = 0
+    num_tokens: int = field(init=False)
+    max_total: int = field(init=False, repr=False)
+    stop_token_ids: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.token_ids)
+        self.max_total = self.prompt_len + self.sampling.max_new_tokens
+        self.stop_token_ids = self.sampling.stop_token_ids
 
     @classmethod
     def from_request(cls, request: EngineRequest, arrival: float) -> Sequence:
@@ -74,11 +85,6 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens generated so far, known ones only."""
         return len(self.token_ids) - self.prompt_len
-
-    @property
-    def num_tokens(self) -> int:
-        """Known tokens plus those being sampled by launched steps."""
-        return len(self.token_ids) + self.num_in_flight
 
 
 @dataclass(slots=True)
@@ -112,7 +118,7 @@ class ScheduledBatch:
 
     @property
     def num_sampled(self) -> int:
-        return sum(1 for item in self.sequences if item.sample)
+        return sum([item.sample for item in self.sequences])
 
 
 @dataclass(slots=True)

@@ -15,8 +15,9 @@ precedence: a level halves what a token is charged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -25,14 +26,15 @@ from lorax_backend.scheduler.sequence import Sequence
 from lorax_backend.scheduler.settings import SchedulerSettings
 from lorax_backend.types import BASE_MODEL_ID, AdapterRef
 
-# Queues with adapters under way that one call of `promote` asks about.
+# Queues with adapters under way that one call of `promote` asks about, and sequences of one such queue.
 _MAX_ASKED = 128
+_MAX_ASKED_OF_ONE = 16
 # An adapter that was served within this many seconds is expected back.
 _PRESENT_S = 10.0
 _PRESENT_FOR_S = 0.1
+_PRESENT_QUEUES = 256  # of more queues it is worked out less often, so that a step costs no more on average
 # Queues without sequences that are remembered, at least.
 _MIN_REMEMBERED = 256
-
 # Queues of each kind that one step looks at.
 _MAX_CANDIDATES = 64
 _COUNTER, _SERVED_AT = attrgetter("counter"), attrgetter("served_at")
@@ -41,9 +43,9 @@ Order = tuple[int, float, float, int]
 
 
 class Present(NamedTuple):
-    """The adapters about at a time: their weights' sum, and the mean of their counters."""
+    """The adapters about: their weights' sum, and the mean of their counters; good enough `until` then."""
 
-    at: float
+    until: float
     weight: float
     mean_counter: float
 
@@ -55,6 +57,11 @@ class WaitingQueues:
         self._settings = settings
         self._queues: dict[AdapterRef | None, AdapterQueue] = {}
         self._backlogged: dict[AdapterQueue, None] = {}  # those with ready sequences
+        # Of these the ones that run something, and the ones that do not: their counters and times of service stand
+        # still, so they are kept sorted by both, however many there are.
+        self._busy: dict[AdapterQueue, None] = {}
+        self._by_counter: list[tuple[float, float, int, AdapterQueue]] = []
+        self._by_service: list[tuple[float, int, AdapterQueue]] = []
         self._loading: dict[AdapterQueue, None] = {}
         self._new: dict[Sequence, None] = {}  # since the last `promote`; they are in `loading` of their queue
         self._floor = 0.0
@@ -69,11 +76,6 @@ class WaitingQueues:
         for queue in self._queues.values():
             yield from queue.ready
             yield from queue.loading
-
-    @property
-    def backlogged(self) -> Iterable[AdapterQueue]:
-        """Queues in which sequences wait for nothing but room."""
-        return self._backlogged
 
     def register(self, seq: Sequence) -> AdapterQueue:
         """Tie a new sequence to the queue of its adapter; it does not wait yet."""
@@ -93,7 +95,7 @@ class WaitingQueues:
     def add(self, seq: Sequence) -> None:
         """A registered sequence waits; it is looked at in the next `promote`."""
         seq.refused_since = None
-        queue_of(seq).loading.append(seq)
+        queue_of(seq).loading[seq] = None
         self._new[seq] = None
         self._num_waiting += 1
 
@@ -109,7 +111,7 @@ class WaitingQueues:
         """A ready sequence lost its adapter, or its right to it."""
         queue = queue_of(seq)
         queue.take_out(seq)
-        queue.loading.append(seq)
+        queue.loading[seq] = None
         self._loading[queue] = None
         self._note_empty(queue)
 
@@ -117,12 +119,12 @@ class WaitingQueues:
         self, is_ready: Callable[[int, AdapterRef], bool], now: float, at_most: int | None = _MAX_ASKED
     ) -> None:
         """Move the sequences that may use their adapter now to the ready ones. Of the adapters under way, `at_most`
-        are asked about, in turn."""
+        are asked about, in turn, and a few sequences of each; all, if it is None."""
         risen: dict[AdapterQueue, None] = {}
         for seq in self._new:
             queue = queue_of(seq)
             if queue.ref is None or is_ready(seq.handle, queue.ref):
-                queue.loading.remove(seq)
+                del queue.loading[seq]
                 queue.put(seq)
                 risen[queue] = None
             else:
@@ -130,13 +132,8 @@ class WaitingQueues:
         self._new.clear()
         for queue in list(islice(self._loading, at_most)):
             del self._loading[queue]
-            waiting, queue.loading = queue.loading, []
-            for seq in waiting:
-                if queue.ref is None or is_ready(seq.handle, queue.ref):
-                    queue.put(seq)
-                    risen[queue] = None
-                else:
-                    queue.loading.append(seq)
+            if _promote_some(queue, is_ready, len(queue.loading) if at_most is None else _MAX_ASKED_OF_ONE):
+                risen[queue] = None
             if queue.loading:
                 self._loading[queue] = None
         self._note_risen([queue for queue in risen if queue not in self._backlogged], now)
@@ -145,16 +142,45 @@ class WaitingQueues:
     def has_backlog(self) -> bool:
         return bool(self._backlogged)
 
-    def candidates(self, now: float) -> Iterable[AdapterQueue]:
-        """The queues that one step looks at. Of very many: those overdue for longest, those with the lowest counts,
-        and those whose adapters are in use, who need no room."""
-        if len(self._backlogged) <= 2 * _MAX_CANDIDATES:
-            return self._backlogged
+    @property
+    def busy(self) -> list[AdapterQueue]:
+        """Queues with ready sequences that also run some."""
+        return list(self._busy)
+
+    def idle(self, at_most: int = _MAX_CANDIDATES) -> list[AdapterQueue]:
+        """Queues with ready sequences that run none, the lowest counters first."""
+        return [entry[-1] for entry in self._by_counter[:at_most]]
+
+    @property
+    def idle_base(self) -> list[AdapterQueue]:
+        """The base model's queue, if it has ready sequences and runs none."""
+        queue = self._queues.get(None)
+        return [queue] if queue is not None and queue.ready and not queue.running else []
+
+    def overdue(self, now: float) -> list[AdapterQueue]:
+        """Queues with ready sequences that have been given nothing for too long: as many as one step looks at of
+        those that run nothing, and the others."""
         limit = now - self._settings.fairness_bound_s
-        overdue = sorted([q for q in self._backlogged if q.served_at < limit], key=_SERVED_AT)
-        lowest = sorted(self._backlogged, key=_COUNTER)
-        in_use = [queue for queue in self._backlogged if queue.running]
-        return chain(overdue[:_MAX_CANDIDATES], lowest[:_MAX_CANDIDATES], in_use)
+        late = []
+        for entry in islice(self._by_service, _MAX_CANDIDATES):
+            if entry[0] >= limit:
+                break
+            late.append(entry[-1])
+        if self._busy and min(map(_SERVED_AT, self._busy)) < limit:
+            late += [queue for queue in self._busy if queue.served_at < limit]
+        return late
+
+    def note_started(self, queue: AdapterQueue) -> None:
+        """The first sequence of the queue is about to run."""
+        if queue in self._backlogged:
+            self._leave_idle(queue)
+            self._busy[queue] = None
+
+    def note_stopped(self, queue: AdapterQueue) -> None:
+        """The last sequence of the queue has stopped, and its time of service been set."""
+        if queue in self._busy:
+            del self._busy[queue]
+            self._enter_idle(queue)
 
     def order(self, queue: AdapterQueue, now: float, penalty: float = 0.0) -> Order:
         """Place among the queues, smallest first. `penalty` is virtual time, for what serving it would cost others."""
@@ -164,34 +190,52 @@ class WaitingQueues:
 
     def present(self, now: float) -> Present:
         """The adapters that wait, run, or did so a moment ago. Who has left is noticed a little late."""
-        if self._present is None or now - self._present.at > _PRESENT_FOR_S:
-            weight = used = 0.0
-            for queue in self._queues.values():
-                if queue.running or queue.ready or now - queue.served_at < _PRESENT_S:
-                    weight += queue.weight
-                    used += queue.counter * queue.weight
-            self._present = Present(now, weight, used / weight if weight else 0.0)
+        if self._present is None or now > self._present.until:
+            since = now - _PRESENT_S
+            about = [q for q in self._queues.values() if q.running or q.ready or q.served_at > since]
+            weight = sum([queue.weight for queue in about])
+            used = sum([queue.counter * queue.weight for queue in about])
+            until = now + _PRESENT_FOR_S * max(1.0, len(self._queues) / _PRESENT_QUEUES)
+            self._present = Present(until, weight, used / weight if weight else 0.0)
         return self._present
 
     def _note_risen(self, risen: list[AdapterQueue], now: float) -> None:
         if not risen:
             return
         if self._backlogged:
-            self._floor = max(self._floor, min(queue.counter for queue in self._backlogged))
+            lowest = [self._by_counter[0][0]] if self._by_counter else []
+            self._floor = max(self._floor, min([*lowest, *map(_COUNTER, self._busy)]))
         else:
-            self._floor = max(queue.counter for queue in self._queues.values())
+            self._floor = max(map(_COUNTER, self._queues.values()))
         for queue in risen:
             if self._present is not None and not queue.running and now - queue.served_at >= _PRESENT_S:
                 self._present = self._present._replace(weight=self._present.weight + queue.weight)
             queue.counter = max(queue.counter, self._floor)
             queue.served_at = now
             self._backlogged[queue] = None
+            if queue.running:
+                self._busy[queue] = None
+            else:
+                self._enter_idle(queue)
 
     def _note_empty(self, queue: AdapterQueue) -> None:
-        if not queue.ready:
-            self._backlogged.pop(queue, None)
+        if not queue.ready and queue in self._backlogged:
+            del self._backlogged[queue]
+            if queue.running:
+                del self._busy[queue]
+            else:
+                self._leave_idle(queue)
         if not queue.loading:
             self._loading.pop(queue, None)
+
+    def _enter_idle(self, queue: AdapterQueue) -> None:
+        insort(self._by_counter, (queue.counter, queue.served_at, queue.number, queue))
+        insort(self._by_service, (queue.served_at, queue.number, queue))
+
+    def _leave_idle(self, queue: AdapterQueue) -> None:
+        place = bisect_left(self._by_counter, (queue.counter, queue.served_at, queue.number))
+        del self._by_counter[place]
+        del self._by_service[bisect_left(self._by_service, (queue.served_at, queue.number))]
 
     def _forget_idle(self) -> None:
         """Forget queues that nobody uses, the oldest first, once they are half of all."""
@@ -203,6 +247,25 @@ class WaitingQueues:
         idle.sort(key=lambda queue: queue.served_at)
         for queue in idle[: len(idle) // 2 + 1]:
             del self._queues[queue.ref]
+
+
+def _promote_some(queue: AdapterQueue, is_ready: Callable[[int, AdapterRef], bool], count: int) -> bool:
+    """Ask about `count` sequences of an adapter under way, and about as many more for as long as some are ready. True
+    if any was."""
+    any_ready = False
+    while queue.loading:
+        found = False
+        for seq in list(islice(queue.loading, count)):
+            del queue.loading[seq]
+            if queue.ref is None or is_ready(seq.handle, queue.ref):
+                queue.put(seq)
+                found = True
+            else:
+                queue.loading[seq] = None
+        if not found:
+            break
+        any_ready = True
+    return any_ready
 
 
 def queue_of(seq: Sequence) -> AdapterQueue:
