@@ -8,8 +8,8 @@ flags either runs under.
 
 Two pipes carry pickled tuples. To the child: first (log level, builder), then ("submit", EngineRequest), ("cancel",
 handle), ("control", ticket, command, arguments), ("stop",). From it: ("progress", text)..., then ("ready", EngineInfo)
-or ("failed", reason), then ("outputs", [TokenOutput]) once a step at most, ("stats", EngineStats), ("reply", ticket,
-dict), ("refused", ticket, error dict), ("dead", reason). The end of the pipe is the end of the child.
+or ("failed", reason), then ("outputs", [TokenOutput as a plain tuple]) once a step at most, ("stats", EngineStats),
+("reply", ticket, dict), ("refused", ticket, error dict), ("dead", reason). The end of the pipe is the end of the child.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 
 from lorax_backend.engine.client import Builder, EngineClientBase, EngineInbox, Progress, readable
 from lorax_backend.errors import EngineDeadError, error_from_dict
-from lorax_backend.types import EngineInfo, EngineRequest
+from lorax_backend.types import EngineInfo, EngineRequest, TokenOutput
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class ProcessEngine(EngineClientBase):
         assert self._pipe is not None
         handlers: dict[str, Callable[..., None]] = {
             "progress": self._report_progress,
-            "outputs": self.on_outputs,
+            "outputs": lambda rows: self.on_outputs([TokenOutput._make(row) for row in rows]),
             "stats": self.on_stats,
             "reply": self.on_reply,
             "refused": lambda ticket, error: self.on_reply(ticket, error_from_dict(error)),
