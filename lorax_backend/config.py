@@ -122,7 +122,12 @@ class ServerConfig:
     sender_threads: int = _option(4, "threads that send responses")
     validation_workers: int = _option(2, "threads that decode and tokenize requests")
     cancel_poll_interval_s: float = _option(0.05, "seconds between two looks for cancelled requests")
-    attention: str = _option("auto", "attention backend", ("auto", "torch", "triton", "flash_attn"))
+    attention: str = _option(
+        "auto",
+        "attention: triton on CUDA, torch on CPU; prompts that begin in a step may go through torch's flash attention "
+        "(torch_varlen) or flash-attn instead, if it passes a check at start; auto takes the fastest",
+        ("auto", "torch", "triton", "torch_varlen", "flash_attn"),
+    )
     lora_kernels: str = _option(
         "auto", "LoRA kernels: triton on CUDA, torch on CPU", ("auto", "torch", "triton")
     )

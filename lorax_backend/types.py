@@ -127,6 +127,8 @@ class EngineInfo:
     kv_cache_bytes: int = 0
     adapter_arena_bytes: int = 0
     cuda_graph_batch_sizes: tuple[int, ...] = ()
+    prefill_attention: str = ""
+    """Attention of prompts that begin in a step, and why it was chosen; empty where nothing was told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def info_rows(info: dict[str, Any], adapter_slots: int | None = None) -> list[Ro
             f"{seen['model_id']} ({seen['model_type']}, {byte_size(info.get('weight_bytes', 0))} of weights)",
         ),
         ("runs on", f"{seen['device']} in {seen['dtype']}"),
-        ("attention", str(seen["attention_backend"])),
+        ("attention", _attention(info)),
         ("LoRA kernels", str(seen["lora_backend"])),
         (
             "KV cache",
@@ -91,6 +91,12 @@ def info_rows(info: dict[str, Any], adapter_slots: int | None = None) -> list[Ro
     if graphs:
         rows.append(("CUDA graphs", f"batch sizes {', '.join(map(str, graphs))}"))
     return rows
+
+
+def _attention(info: dict[str, Any]) -> str:
+    """The backend, and what computes fresh prompts where that is another one or was measured against one."""
+    backend, fresh = str(info.get("attention_backend", "?")), str(info.get("prefill_attention", ""))
+    return backend if fresh in ("", backend) else f"{backend}; fresh prompts: {fresh}"
 
 
 def stats_rows(stats: dict[str, Any]) -> list[Row]:

@@ -18,27 +18,68 @@ IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
-class InputBatch:
-    """Everything a forward pass reads. T tokens, R rows that sample.
+class StepArrays:
+    """A step in numpy. T tokens, S sequences, R rows that sample, P ids that only the device knows.
 
     Attributes:
-        input_ids, positions: int32 [T].
+        items: the sequences as their rows lie: of one token first, then chunks over a cached context, then prompts that
+            begin here.
+        ids: int32 [T], 0 where the device knows better.
+        pending: int64 [P, 2], token row and runner slot of those.
+        positions: int32 [T]. query_start: int32 [S + 1]. contexts: int32 [S], this step's tokens included.
+        tables: int32 [S, blocks]. slot_mapping: int64 [T].
+        adapters: int32 [S], adapter slot of each sequence, -1 for none.
         sampled: the sequences that sample, in batch order; row r of the logits belongs to sampled[r].
         sampled_slots: int64 [R], their runner slots.
-        logit_rows: int64 [R], token rows that sample; None if all T do.
-        head_lora: the adapter rows of the logits, None if no sampled row's adapter changes lm_head.
+        logit_rows: int64 [R], their token rows; None if every token row samples.
         scored: chunks of prompts whose log probabilities are wanted, with each one's first token row.
     """
 
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    attention: AttentionBatch
-    lora: LoraBatches
+    items: list[ScheduledSequence]
+    ids: IntArray
+    pending: npt.NDArray[np.int64]
+    positions: IntArray
+    query_start: IntArray
+    contexts: IntArray
+    tables: IntArray
+    slot_mapping: npt.NDArray[np.int64]
+    adapters: IntArray
+    sampled: list[ScheduledSequence]
+    sampled_slots: npt.NDArray[np.int64]
+    logit_rows: npt.NDArray[np.int64] | None
+    scored: list[tuple[ScheduledSequence, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.ids.size)
+
+    @property
+    def token_adapters(self) -> IntArray:
+        """int32 [T]: adapter slot of every token row."""
+        return np.repeat(self.adapters, np.diff(self.query_start))
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What becomes of a step's hidden rows, on the device; fields as in `StepArrays`. `head_lora` are the adapter rows
+    of the logits, None if no sampled row's adapter changes lm_head."""
+
     sampled: list[ScheduledSequence]
     sampled_slots: torch.Tensor | None
     logit_rows: torch.Tensor | None
     head_lora: LoraBatch | None
     scored: list[tuple[ScheduledSequence, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class InputBatch:
+    """Everything a forward pass reads: ids and positions int32 [T], and what follows it."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    attention: AttentionBatch
+    lora: LoraBatches
+    outputs: Outputs
 
 
 @dataclass(slots=True)
@@ -68,11 +109,19 @@ class BatchBuilder:
         self._tables = np.zeros((self.max_num_seqs, self.max_blocks), dtype=np.int32)
         self._rows = [_TableRow() for _ in range(self.max_num_seqs)]
 
-    def build(self, batch: ScheduledBatch, last_token: torch.Tensor) -> InputBatch:
-        """`last_token` int64 [slots], on the device: the ids of tokens drawn but not yet known to the host."""
-        items = batch.sequences
-        starts = np.array([item.start for item in items], dtype=np.int32)
-        counts = np.array([item.count for item in items], dtype=np.int32)
+    def arrays(self, batch: ScheduledBatch) -> StepArrays:
+        """The numbers of a step; nothing of it is on the device yet.
+
+        Raises:
+            ValueError: some id is no token of the model.
+        """
+        given = batch.sequences
+        starts = np.array([item.start for item in given], dtype=np.int32)
+        counts = np.array([item.count for item in given], dtype=np.int32)
+        order = _row_order(starts, counts)
+        items = given
+        if order is not None:
+            items, starts, counts = [given[i] for i in order], starts[order], counts[order]
         query_start = np.zeros(len(items) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
         row_of_token = np.repeat(np.arange(len(items)), counts)
@@ -82,25 +131,58 @@ class BatchBuilder:
         contexts = starts + counts
         tables = self.block_tables([item.seq for item in items], -(-int(contexts.max()) // self.block_size))
         blocks = tables[row_of_token, positions // self.block_size].astype(np.int64)
-        slot_mapping = blocks * self.block_size + positions % self.block_size
-        lora, head_lora = self._lora(items, counts)
-        sampling = [index for index, item in enumerate(items) if item.sample]
+        ids, pending = self._ids(items, query_start)
+        place = (
+            np.arange(len(items)) if order is None else np.argsort(order)
+        )  # of a given item among the rows
+        sampling = [index for index, item in enumerate(given) if item.sample]
         all_rows = len(sampling) == int(query_start[-1])
-        slots = np.array([items[index].seq.slot for index in sampling], dtype=np.int64)
-        return InputBatch(
-            input_ids=self._input_ids(items, query_start, last_token),
-            positions=self.upload(positions),
-            attention=AttentionBatch.build(query_start, contexts, tables, slot_mapping, self.device),
-            lora=lora,
-            sampled=[items[index] for index in sampling],
-            sampled_slots=self.upload(slots) if sampling else None,
-            logit_rows=None if all_rows else self.upload(query_start[1:][sampling].astype(np.int64) - 1),
-            head_lora=head_lora,
+        return StepArrays(
+            items=items,
+            ids=ids,
+            pending=pending,
+            positions=positions,
+            query_start=query_start,
+            contexts=contexts,
+            tables=tables,
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            adapters=np.array([item.seq.adapter_slot for item in items], dtype=np.int32),
+            sampled=[given[index] for index in sampling],
+            sampled_slots=np.array([given[index].seq.slot for index in sampling], dtype=np.int64),
+            logit_rows=None if all_rows else query_start[1:][place[sampling]].astype(np.int64) - 1,
             scored=[
                 (item, int(query_start[index]))
                 for index, item in enumerate(items)
                 if item.seq.sampling.prompt_logprobs and item.start < item.seq.prompt_len
             ],
+        )
+
+    def build(self, step: StepArrays, last_token: torch.Tensor) -> InputBatch:
+        """Take a step to the device. `last_token` int64 [slots], on the device: the ids of tokens drawn but not yet
+        known to the host."""
+        input_ids = self.upload(step.ids)
+        if step.pending.size:
+            rows, slots = self.upload(np.ascontiguousarray(step.pending.T))
+            input_ids.index_copy_(0, rows, last_token.index_select(0, slots).to(torch.int32))
+        return InputBatch(
+            input_ids=input_ids,
+            positions=self.upload(step.positions),
+            attention=AttentionBatch.build(
+                step.query_start, step.contexts, step.tables, step.slot_mapping, self.device
+            ),
+            lora=self._lora(step),
+            outputs=self.outputs(step),
+        )
+
+    def outputs(self, step: StepArrays) -> Outputs:
+        """Take to the device what follows the forward pass."""
+        sampled = bool(step.sampled)
+        return Outputs(
+            sampled=step.sampled,
+            sampled_slots=self.upload(step.sampled_slots) if sampled else None,
+            logit_rows=None if step.logit_rows is None or not sampled else self.upload(step.logit_rows),
+            head_lora=self.head_batch(step.sampled),
+            scored=step.scored,
         )
 
     def head_batch(self, items: list[ScheduledSequence]) -> LoraBatch | None:
@@ -130,11 +212,11 @@ class BatchBuilder:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
-    def _input_ids(
-        self, items: list[ScheduledSequence], query_start: IntArray, last_token: torch.Tensor
-    ) -> torch.Tensor:
+    def _ids(
+        self, items: list[ScheduledSequence], query_start: IntArray
+    ) -> tuple[IntArray, npt.NDArray[np.int64]]:
         ids: list[int] = []
-        pending: list[tuple[int, int]] = []  # (token row, slot) of ids that are still on the device
+        pending: list[tuple[int, int]] = []
         for index, item in enumerate(items):
             known = item.seq.token_ids
             end = item.start + item.count
@@ -147,12 +229,7 @@ class BatchBuilder:
                 ids.append(0)
         array = np.array(ids, dtype=np.int32)
         self.check_ids(array)
-        tensor = self.upload(array)
-        if pending:
-            places = np.array(pending, dtype=np.int64)
-            drawn = last_token.index_select(0, self.upload(places[:, 1].copy())).to(torch.int32)
-            tensor.index_copy_(0, self.upload(places[:, 0].copy()), drawn)
-        return tensor
+        return array, np.array(pending, dtype=np.int64)
 
     def block_tables(self, sequences: list[Sequence], width: int) -> IntArray:
         """int32 [S, width]: the first `width` blocks of each sequence, arbitrary beyond its end."""
@@ -166,16 +243,13 @@ class BatchBuilder:
                 row.length = length
         return self._tables[[seq.slot for seq in sequences], :width]
 
-    def _lora(self, items: list[ScheduledSequence], counts: IntArray) -> tuple[LoraBatches, LoraBatch | None]:
-        slots = np.array([item.seq.adapter_slot for item in items], dtype=np.int32)
-        if not (slots >= 0).any():
-            return LoraBatches(), None
-        head_slots = slots[[index for index, item in enumerate(items) if item.sample]]
-        head = self._lora_batch(self._having(head_slots, LM_HEAD))
-        token_slots = np.repeat(slots, counts)
+    def _lora(self, step: StepArrays) -> LoraBatches:
+        if not (step.adapters >= 0).any():
+            return LoraBatches()
+        token_slots = step.token_adapters
         if self.device.type != "cpu":
             every = self._lora_batch(token_slots)
-            return LoraBatches(every, every, every, every), head
+            return LoraBatches(every, every, every, every)
         made: dict[bytes, LoraBatch | None] = {}
         kinds: list[LoraBatch | None] = []
         for kind in ("qkv", "o", "gate_up", "down"):
@@ -185,7 +259,7 @@ class BatchBuilder:
             if key not in made:
                 made[key] = self._lora_batch(wanted)
             kinds.append(made[key])
-        return LoraBatches(*kinds), head
+        return LoraBatches(*kinds)
 
     def _having(self, slots: IntArray, kind: str) -> IntArray:
         """`slots` with -1 where the adapter has no weights at sites of this kind."""
@@ -194,3 +268,11 @@ class BatchBuilder:
 
     def _lora_batch(self, slots: IntArray) -> LoraBatch | None:
         return LoraBatch.build(slots, self.arena.slot_pages, self.arena.slot_ranks, self.device)
+
+
+def _row_order(starts: IntArray, counts: IntArray) -> npt.NDArray[np.int64] | None:
+    """Indices that put decodes first and prompts that begin in this step last; None if they lie so already."""
+    kind = np.where(counts == 1, 0, np.where(starts > 0, 1, 2))
+    if bool((kind[1:] >= kind[:-1]).all()):
+        return None
+    return np.argsort(kind, kind="stable")

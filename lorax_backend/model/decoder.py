@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lorax_backend.model.attention import VarlenFunction, attend
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.kv_cache import KvCache
 from lorax_backend.model.layers import Linear, doubled_rope, rope_tables
@@ -22,7 +23,6 @@ from lorax_kernels import (
     PageLayout,
     add_lora,
     lora_linear,
-    paged_attention,
     rms_norm,
     rope_and_cache,
     silu_mul,
@@ -84,6 +84,8 @@ class Decoder:
             for index in range(config.num_layers)
         ]
         self._head_site = LoraSiteView(layout, adapter_pages, LM_HEAD)
+        self.fresh_attention: VarlenFunction | None = None
+        """Computes the attention of prompts that begin in a step; None: the paged kernel does."""
 
     def forward(
         self,
@@ -142,5 +144,7 @@ class Decoder:
             layer.qk_norms,
             config.rms_norm_eps,
         )
-        out = paged_attention(queries, *layer_cache, attention, self._scale, config.layer_windows[index])
+        values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]
+        window = config.layer_windows[index]
+        out = attend(queries, values, layer_cache, attention, self._scale, window, self.fresh_attention)
         return out.view(out.shape[0], config.q_size)

@@ -9,7 +9,7 @@ import torch
 
 from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.config import ServerConfig
-from lorax_backend.model.batch import BatchBuilder, InputBatch
+from lorax_backend.model.batch import BatchBuilder, Outputs, StepArrays
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.decoder import Decoder
 from lorax_backend.model.graphs import DecodeGraphs, graph_sizes
@@ -28,6 +28,7 @@ from lorax_backend.model.prompt_scores import PromptScorer
 from lorax_backend.model.sampler import sample
 from lorax_backend.model.sampling_plan import SamplingPlanner
 from lorax_backend.model.step import PendingStep
+from lorax_backend.model.varlen import FreshAttention, HeadLayout, choose
 from lorax_backend.model.watermark import WatermarkSettings
 from lorax_backend.model.weights import ModelWeights, dummy_weights, load_weights
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
@@ -87,6 +88,8 @@ class TorchModelRunner:
         self.decoder = Decoder(
             self.model_config, self.weights, self.layout, self.arena.pages, self.limits.max_total_tokens
         )
+        self._fresh = self._choose_attention(report)
+        self.decoder.fresh_attention = self._fresh.function
         self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
         self._planner = SamplingPlanner(
             self.model_config.vocab_size,
@@ -115,7 +118,7 @@ class TorchModelRunner:
         self._scorer.forget(batch.finished_slots)
         if self._graphs is not None and self._graphs.accepts(batch):
             return self._replay(batch.sequences, self._graphs)
-        return self._step(self._builder.build(batch, self._last_token), self._cache)
+        return self._step(self._builder.arrays(batch), self._cache)
 
     def info(self, load_seconds: float) -> EngineInfo:
         """Facts about this runner; `load_seconds` is what the caller measured."""
@@ -142,6 +145,7 @@ class TorchModelRunner:
             kv_cache_bytes=self._cache.nbytes,
             adapter_arena_bytes=self.arena.nbytes,
             cuda_graph_batch_sizes=self._graphs.sizes if self._graphs is not None else (),
+            prefill_attention=self._fresh.description,
         )
 
     def close(self) -> None:
@@ -172,17 +176,37 @@ class TorchModelRunner:
         weights.pack()
         return weights
 
-    def _step(self, inputs: InputBatch, cache: KvCache) -> PendingStep:
+    @torch.inference_mode()
+    def _choose_attention(self, report: Progress) -> FreshAttention:
+        model = self.model_config
+        layout = HeadLayout(
+            model.num_heads, model.num_kv_heads, model.head_dim, tuple(dict.fromkeys(model.layer_windows)), self.dtype,
+            self.device, self._config.block_size,
+        )  # fmt: skip
+        if self.device.type == "cpu":
+            return choose("torch", layout, self.limits.max_batch_tokens)
+        report("comparing attention implementations")
+        choice = choose(self._config.attention, layout, self.limits.max_batch_tokens)
+        torch.cuda.empty_cache()  # what was tried on is the KV cache's
+        report(f"attention of fresh prompts: {choice.description}")
+        return choice
+
+    def _step(self, step: StepArrays, cache: KvCache) -> PendingStep:
+        inputs = self._builder.build(step, self._last_token)
         hidden = self.decoder.forward(
             inputs.input_ids, inputs.positions, inputs.attention, inputs.lora, cache
         )
-        scores = self._score_prompts(inputs, hidden)
-        if inputs.sampled_slots is None:
+        return self._finish(inputs.outputs, hidden)
+
+    def _finish(self, outputs: Outputs, hidden: torch.Tensor) -> PendingStep:
+        """From the hidden rows [T, hidden] of a step to its tokens."""
+        scores = self._score_prompts(outputs, hidden)
+        if outputs.sampled_slots is None:
             return PendingStep.without_tokens(self.device)
-        if inputs.logit_rows is not None:
-            hidden = hidden.index_select(0, inputs.logit_rows)
-        logits = self.decoder.logits(hidden, inputs.head_lora)
-        return self._draw(logits, inputs.sampled, inputs.sampled_slots, scores)
+        if outputs.logit_rows is not None:
+            hidden = hidden.index_select(0, outputs.logit_rows)
+        logits = self.decoder.logits(hidden, outputs.head_lora)
+        return self._draw(logits, outputs.sampled, outputs.sampled_slots, scores)
 
     @torch.inference_mode()
     def _capture(self, report: Progress) -> DecodeGraphs:
@@ -196,13 +220,13 @@ class TorchModelRunner:
             logits = self.decoder.logits(hidden, head_lora)
         return self._draw(logits, items, slots, {})
 
-    def _score_prompts(self, inputs: InputBatch, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
+    def _score_prompts(self, outputs: Outputs, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
         """Log probabilities of the prompts that this step completes, by the row that samples."""
         scores = {}
-        for item, first in inputs.scored:
+        for item, first in outputs.scored:
             done = self._scorer.add(item, hidden[first : first + item.count])
             if done is not None and item.sample and item.generated_index == 0:
-                scores[next(row for row, other in enumerate(inputs.sampled) if other is item)] = done
+                scores[next(row for row, other in enumerate(outputs.sampled) if other is item)] = done
         return scores
 
     def _head(self, hidden: torch.Tensor, adapter_slot: int) -> torch.Tensor:
@@ -254,7 +278,7 @@ class TorchModelRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         with torch.inference_mode():
-            self._step(self._builder.build(batch, self._last_token), cache).result()
+            self._step(self._builder.arrays(batch), cache).result()
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del cache
         torch.cuda.empty_cache()
@@ -297,8 +321,14 @@ def _pick_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dt
 
 def _check_backends(config: ServerConfig, device: torch.device) -> None:
     native = "triton" if device.type == "cuda" else "torch"
-    for option, value in (("attention", config.attention), ("lora_kernels", config.lora_kernels)):
-        if value not in ("auto", native):
+    fresh = (
+        ("torch_varlen", "flash_attn") if device.type == "cuda" else ()
+    )  # these are looked at more closely later
+    for option, value, others in (
+        ("attention", config.attention, fresh),
+        ("lora_kernels", config.lora_kernels, ()),
+    ):
+        if value not in ("auto", native, *others):
             raise ValueError(
                 f"{option} is {value}, which cannot be had on {device.type}; use auto or {native}"
             )
