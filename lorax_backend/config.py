@@ -103,6 +103,10 @@ class ServerConfig:
     adapter_aliases: str = _option(
         "", 'JSON object, alias -> adapter id, or list of {"adapter_id", "weight"...}; see docs/parameters.md'
     )
+    adapter_alias_file: str = _option(
+        "",
+        "file that keeps aliases set by command over restarts; empty: one in adapter_disk_cache, if that is set",
+    )
     admin_api_key: str = _option(
         "",
         "key that control commands which change something must carry as admin_key; give it by the environment, as "

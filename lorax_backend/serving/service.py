@@ -26,6 +26,7 @@ from lorax_backend.errors import (
 from lorax_backend.serving.adapter_fields import adapter_ref
 from lorax_backend.serving.adapter_templates import AdapterTemplates, FileSource
 from lorax_backend.serving.admission import Admission
+from lorax_backend.serving.alias_store import AliasStore
 from lorax_backend.serving.aliases import AliasTable
 from lorax_backend.serving.cancellation import CancellationPoller
 from lorax_backend.serving.control import preload_adapters, run_command
@@ -65,7 +66,9 @@ class GenerationService:
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
-        self.aliases = AliasTable(lambda name, source, revision: adapter_ref(name, source, revision, config))
+        self.aliases = AliasTable(
+            lambda name, source, revision: adapter_ref(name, source, revision, config), AliasStore.of(config)
+        )
         self.aliases.load(config.adapter_aliases)
         self.admission = Admission(config.max_concurrent_requests, config.max_requests_per_adapter)
         self._live = LiveRequests()
