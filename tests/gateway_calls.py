@@ -16,6 +16,7 @@ import uvicorn
 
 from lorax_backend.gateway.app import create_app
 from lorax_backend.gateway.config import GatewayConfig
+from lorax_backend.gateway.server import server_options
 from lorax_triton._transport import AsyncTransport
 
 TIMEOUT_S = 60.0
@@ -129,16 +130,7 @@ class ThreadedGateway:
     def __init__(self, config: GatewayConfig, transports: Mapping[str, AsyncTransport] | None = None) -> None:
         self.app = create_app(config, transports=transports)
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self.app,
-                log_level="error",
-                ws="none",
-                lifespan="on",
-                timeout_graceful_shutdown=5,
-                log_config=None,
-            )
-        )
+        self._server = uvicorn.Server(server_options(config, self.app))
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
     def __enter__(self) -> GatewayCaller:

@@ -67,6 +67,20 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
         help=f"longest request body [{DEFAULT_BODY_BYTES}]",
     )
     add(
+        "--header-timeout-s",
+        type=float,
+        default=15.0,
+        metavar="X",
+        help="longest time for a request's headers to arrive [15]",
+    )
+    add(
+        "--max-idle-connections",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="connections without a request that a worker keeps open; beyond it the oldest goes [1024]",
+    )
+    add(
         "--body-timeout-s",
         type=float,
         default=30.0,
@@ -154,6 +168,8 @@ def read_gateway_config(arguments: argparse.Namespace, **overrides: Any) -> Gate
         "admin_api_keys": read_keys(ADMIN_KEYS_VARIABLE, arguments.admin_api_key_file),
         "backend_admin_key": os.environ.get(BACKEND_ADMIN_KEY_VARIABLE, ""),
         "max_body_bytes": arguments.max_body_bytes,
+        "header_timeout": arguments.header_timeout_s,
+        "max_idle_connections": arguments.max_idle_connections,
         "body_timeout": arguments.body_timeout_s,
         "response_timeout": arguments.response_timeout_s,
         "drain_timeout": arguments.drain_timeout_s,

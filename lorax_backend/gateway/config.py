@@ -13,6 +13,14 @@ DEFAULT_PORT = 8080
 # axum's limit, which LoRAX keeps.
 DEFAULT_BODY_BYTES = 2 << 20
 USER_KEYS_VARIABLE = "LORAX_API_KEYS"
+_DURATIONS = (
+    "header_timeout",
+    "body_timeout",
+    "response_timeout",
+    "write_timeout",
+    "keep_alive",
+    "health_interval",
+)
 ADMIN_KEYS_VARIABLE = "LORAX_ADMIN_API_KEYS"
 BACKEND_ADMIN_KEY_VARIABLE = "LORAX_BACKEND_ADMIN_KEY"
 
@@ -42,12 +50,14 @@ class GatewayConfig:
         admin_api_keys: keys of administrators, who may do all that users may; empty: the backend's own check decides.
         backend_admin_key: sent to the backend with administrators' commands; empty: the key the caller presented.
         max_body_bytes: longest request body.
+        header_timeout: longest time for a request's headers to arrive.
         body_timeout: longest time for a request body to arrive.
         response_timeout: longest wait for the next piece of an answer from Triton.
         write_timeout: longest time a caller may leave a piece of a stream unread.
         keep_alive: seconds between comment lines in a stream that has nothing else to say.
         drain_timeout: how long running requests may go on after SIGTERM.
         health_interval: seconds between two looks at each Triton server.
+        max_idle_connections: of a worker; beyond it the one that has had no request for longest is closed.
     """
 
     triton_urls: tuple[str, ...] = ("localhost:8001",)
@@ -59,12 +69,14 @@ class GatewayConfig:
     admin_api_keys: tuple[str, ...] = field(default=(), repr=False)
     backend_admin_key: str = field(default="", repr=False)
     max_body_bytes: int = DEFAULT_BODY_BYTES
+    header_timeout: float = 15.0
     body_timeout: float = 30.0
     response_timeout: float = 600.0
     write_timeout: float = 60.0
     keep_alive: float = 15.0
     drain_timeout: float = 90.0
     health_interval: float = 2.0
+    max_idle_connections: int = 1024
     cors: CorsOptions = CorsOptions()
     access_log: bool = False
 
@@ -79,11 +91,13 @@ class GatewayConfig:
             raise ValueError(
                 "--cors-allow-credentials needs --cors-allow-origin: browsers refuse it with any origin"
             )
-        for name in ("body_timeout", "response_timeout", "write_timeout", "keep_alive", "health_interval"):
+        for name in _DURATIONS:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0 seconds")
-        if self.workers < 1 or self.max_body_bytes < 1:
-            raise ValueError("--workers and --max-body-bytes must be at least 1")
+        if min(self.workers, self.max_body_bytes, self.max_idle_connections) < 1:
+            raise ValueError(
+                "--gateway-workers, --max-body-bytes and --max-idle-connections must be at least 1"
+            )
 
     @property
     def prometheus_urls(self) -> tuple[str, ...]:

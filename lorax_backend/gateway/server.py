@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -13,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from lorax_backend.gateway.app import create_app
 from lorax_backend.gateway.config import GatewayConfig
+from lorax_backend.gateway.connections import limited_protocol
 from lorax_backend.gateway.counters import Counters, create_file
 
 _BACKLOG = 2048
@@ -61,6 +65,28 @@ class _Server(uvicorn.Server):
             self.on_started()
 
 
+def server_options(config: GatewayConfig, app: Starlette) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=limited_protocol(config),
+        log_level="info" if config.access_log else "warning",
+        access_log=config.access_log,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, int(config.drain_timeout)),
+    )
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system allows this process, instead of the usual 1024 files."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def serve_socket(
     config: GatewayConfig,
     listener: socket.socket,
@@ -72,18 +98,8 @@ def serve_socket(
     Raises:
         GatewayError: the application did not start.
     """
-    server = _Server(
-        uvicorn.Config(
-            create_app(config, counters),
-            log_level="info" if config.access_log else "warning",
-            access_log=config.access_log,
-            server_header=False,
-            ws="none",
-            lifespan="on",
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, int(config.drain_timeout)),
-        )
-    )
+    _raise_file_limit()
+    server = _Server(server_options(config, create_app(config, counters)))
     server.on_started = on_started
     for signum in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signals that stopped it once more at its end, for whoever handled them before.

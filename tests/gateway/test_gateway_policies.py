@@ -288,7 +288,7 @@ def test_cors_is_what_the_options_say(start: StartGateway) -> None:
     ("options", "message"),
     [
         ({"triton_urls": ()}, "--triton-url"), ({"triton_urls": ("a:1", "a:1")}, "twice"),
-        ({"workers": 0}, "--workers"),
+        ({"workers": 0}, "--gateway-workers"),
         ({"metrics_urls": ("a", "b")}, "--metrics-url"), ({"body_timeout": 0.0}, "body_timeout"),
     ],
 )  # fmt: skip
