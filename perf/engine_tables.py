@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -209,7 +210,7 @@ def sweep_row(bench: Bench, registered: int, streams: int, args: argparse.Namesp
 def cliffs(rows: list[dict[str, Any]]) -> list[str]:
     """The steps down, from one number of registered adapters to the next, that lose more than they may."""
     found = []
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         share = after["tokens_s"] / before["tokens_s"]
         if not share >= SWEEP_CLIFF:
             found.append(

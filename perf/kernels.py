@@ -6,7 +6,8 @@
     python perf/kernels.py --smoke            # a few seconds, tiny shapes: does everything run?
 
 In situ is what a layer pays: the time of its base products with LoRA minus the time without, both as replays of CUDA
-graphs of eight different layers, L2 flushed in between. Nothing is reported if a kernel's result is wrong. The byte
+graphs of eight different layers, L2 flushed in between. Nothing is reported if a kernel's result is wrong, or if the
+kernels' tests are red or did not run (`kernel_gate.py`); --unchecked reports all the same, and says so. The byte
 floor is every distinct adapter's weights once, the input once and the output read and written once, at the device's
 copy bandwidth; or the operations at its matrix rate, where that is longer.
 """
@@ -31,6 +32,7 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "perf")]
 import torch
 import triton
 from environment import environment
+from kernel_gate import KernelTestsError, require_green
 from kernels_attention import ATTENTION_CHOICES, ATTENTION_PREFILL_CHOICES, ATTENTION_SHAPES, AttentionBench
 from kernels_lora import (
     EXPAND_CHOICES,
@@ -46,6 +48,7 @@ from kernels_lora import (
     tune,
 )
 from kernels_timing import measured_floors
+from table_text import text_of
 
 from lorax_kernels.tuning import DEFAULT, DEFAULT_ATTENTION, AttentionConfig, LoraConfig, lora_config
 
@@ -113,12 +116,16 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=12, help="milliseconds a measurement")
     parser.add_argument("--jobs", type=int, default=0, help="compile first in this many processes")
     parser.add_argument("--no-attention", action="store_true")
+    parser.add_argument(
+        "--unchecked", action="store_true", help="measure although the kernels' tests did not pass"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.warm:
         warm(args.model, args.warm, args.tune)
         return
+    tests = checked(args.unchecked)
     if args.jobs:
         compile_ahead(args.jobs, ["--model", args.model] + (["--tune"] if args.tune else []))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -128,9 +135,32 @@ def main() -> None:
     lora = measure_lora(args, floors, log)
     attention = [] if args.no_attention else measure_attention(args, log)
     report = {"environment": environment(), "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
-              "floors": floors, "lora": lora, "attention": attention, "tuning": log}  # fmt: skip
+              "model": args.model, "kernel_tests": tests, "unchecked": tests is None, "floors": floors, "lora": lora,
+              "attention": attention, "tuning": log}  # fmt: skip
     (args.out / f"kernels-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_table(lora)
+    print_sites(lora)
+    print(f"\n{text_of(report)}", flush=True)
+    if tests is None:
+        print(_UNCHECKED, flush=True)
+
+
+_UNCHECKED = (
+    "\n"
+    + "!" * 100
+    + "\n!! NOT CHECKED: the kernels' tests did not pass before these numbers were taken. They may be"
+    " of kernels\n!! that compute something else. Do not publish them.\n" + "!" * 100
+)
+
+
+def checked(unchecked: bool) -> dict[str, Any] | None:
+    """What the kernels' tests gave; None if they are not asked. Ends the program if they are red or did not run."""
+    if unchecked:
+        print(_UNCHECKED, flush=True)
+        return None
+    try:
+        return asdict(require_green())
+    except KernelTestsError as error:
+        raise SystemExit(f"no numbers: {error}\n(--unchecked measures all the same, and says so)") from error
 
 
 def measure_lora(
@@ -193,18 +223,15 @@ def measure_attention(args: argparse.Namespace, log: list[dict[str, Any]]) -> li
     return results
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    print(
-        f"{'batch':<42}{'floor us':>9}{'in situ':>9}{'goal':>6}{'base':>7}   site: in situ (shrink, expand alone)"
-    )
+def print_sites(results: list[dict[str, Any]]) -> None:
+    """Where the time of every row goes, microseconds."""
+    print(f"{'batch':<42}{'base':>7}   site: in situ (shrink, expand alone)")
     for r in results:
         name = str(Row(r["tokens"], r["adapters"], r["rank"]))
         sites = " ".join(
             f"{k} {v:.1f} ({r['shrink_us'][k]:.1f}, {r['expand_us'][k]:.1f})" for k, v in r["sites"].items()
         )
-        print(
-            f"{name:<42}{r['floor_us']:>9.1f}{r['in_situ_us']:>9.1f}{r['goal_us']:>6.0f}{r['base_us']:>7.0f}   {sites}"
-        )
+        print(f"{name:<42}{r['base_us']:>7.0f}   {sites}")
 
 
 if __name__ == "__main__":
