@@ -9,8 +9,10 @@ from lorax_kernels.dispatch import (
     lora_linear,
     paged_attention,
     rms_norm,
+    rms_norm_lora,
     rope_and_cache,
     silu_mul,
+    silu_mul_lora,
     write_kv,
 )
 from lorax_kernels.layout import PAGE_RANK, LoraSite, PageLayout, pages_for_rank
@@ -32,7 +34,9 @@ __all__ = [
     "paged_attention",
     "pages_for_rank",
     "rms_norm",
+    "rms_norm_lora",
     "rope_and_cache",
     "silu_mul",
+    "silu_mul_lora",
     "write_kv",
 ]

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from lorax_kernels import attention_reference, fused_reference, reference
 from lorax_kernels.metadata import AttentionBatch, LoraBatch
+
+if TYPE_CHECKING:
+    from lorax_kernels.lora_triton import Shrunk
+
+
+def _uses_triton(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def add_lora(
@@ -27,7 +36,7 @@ def add_lora(
         out: [T, out], the base layer's output.
         out_slices: widths of the S fused layers, summing to `out`.
     """
-    if x.is_cuda:
+    if _uses_triton(x):
         from lorax_kernels import lora_triton
 
         lora_triton.add_lora(x, a, b, batch, out, out_slices)
@@ -41,6 +50,7 @@ def lora_linear(
     weights: tuple[torch.Tensor, torch.Tensor],
     batch: LoraBatch,
     out_slices: tuple[int, ...],
+    h: Shrunk | None = None,
 ) -> torch.Tensor:
     """A base layer with the adapters' deltas: the sum of `F.linear(x, *layer)` and what `add_lora` adds.
 
@@ -50,14 +60,15 @@ def lora_linear(
         weights: the site's A [P, S, 8, in] and B [P, 8, out].
         batch: the rows with adapters.
         out_slices: widths of the S fused layers, summing to `out`.
+        h: what `rms_norm_lora` or `silu_mul_lora` gave together with x for the same weights and batch.
 
     Returns:
         [T, out].
     """
-    if x.is_cuda:
+    if _uses_triton(x):
         from lorax_kernels import lora_triton
 
-        return lora_triton.linear(x, layer, weights, batch, out_slices)
+        return lora_triton.linear(x, layer, weights, batch, out_slices, h=h)
     out = F.linear(x, *layer)
     reference.add_lora(x, *weights, batch, out, out_slices)
     return out
@@ -67,7 +78,7 @@ def write_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
     """Store k, v [T, Hkv, D] in the caches [N, block_size, Hkv, D] at `slot_mapping` int64 [T]; -1 stores nothing."""
-    if k.is_cuda:
+    if _uses_triton(k):
         from lorax_kernels import attention_triton
 
         attention_triton.write_kv(k, v, k_cache, v_cache, slot_mapping)
@@ -87,7 +98,7 @@ def paged_attention(
 
     Decodes and prefill chunks over a cached prefix may be mixed. Keys and values of the step are written before.
     """
-    if q.is_cuda:
+    if _uses_triton(q):
         from lorax_kernels import attention_triton
 
         return attention_triton.paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
@@ -98,7 +109,7 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMS norm of x [T, width], or of x + residual; see `fused_reference.rms_norm`."""
-    if x.is_cuda:
+    if _uses_triton(x):
         from lorax_kernels import fused_triton
 
         return fused_triton.rms_norm(x, weight, eps, residual)
@@ -107,11 +118,49 @@ def rms_norm(
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for `gate_up` [T, 2 * width] with gate in the left half -> [T, width]."""
-    if gate_up.is_cuda:
+    if _uses_triton(gate_up):
         from lorax_kernels import fused_triton
 
         return fused_triton.silu_mul(gate_up)
     return fused_reference.silu_mul(gate_up)
+
+
+def rms_norm_lora(
+    x: torch.Tensor,
+    norm: tuple[torch.Tensor, float],
+    residual: torch.Tensor | None,
+    a: torch.Tensor,
+    batch: LoraBatch | None,
+) -> tuple[torch.Tensor, torch.Tensor, Shrunk | None]:
+    """`rms_norm` with `norm` = (weight, eps), which may begin the LoRA delta of the base layer after it.
+
+    Args:
+        a: [P, S, 8, width], A of the site whose input this makes.
+        batch: the rows with adapters; None if there are none.
+
+    Returns:
+        The normed rows, their input, and what `lora_linear` wants for `h`.
+    """
+    if batch is not None and _uses_triton(x):
+        from lorax_kernels import riding
+
+        return riding.rms_norm_shrink(x, norm, residual, a, batch)
+    return *rms_norm(x, *norm, residual), None
+
+
+def silu_mul_lora(
+    gate_up: torch.Tensor, a: torch.Tensor, batch: LoraBatch | None
+) -> tuple[torch.Tensor, Shrunk | None]:
+    """`silu_mul`, which may begin the LoRA delta of the base layer after it; arguments as of `rms_norm_lora`.
+
+    Returns:
+        The result [T, width], and what `lora_linear` wants for `h`.
+    """
+    if batch is not None and _uses_triton(gate_up):
+        from lorax_kernels import riding
+
+        return riding.silu_mul_shrink(gate_up, a, batch)
+    return silu_mul(gate_up), None
 
 
 def rope_and_cache(
@@ -124,7 +173,7 @@ def rope_and_cache(
     eps: float = 0.0,
 ) -> torch.Tensor:
     """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`."""
-    if qkv.is_cuda:
+    if _uses_triton(qkv):
         from lorax_kernels import fused_triton
 
         return fused_triton.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)

@@ -12,11 +12,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
+def norm_row(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, row, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Norm one row and store it; its factor 1 / rms."""
     column = tl.arange(0, BLOCK)
     seen = column < WIDTH
     x = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
@@ -29,6 +29,25 @@ def _rms_norm_kernel(
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
     y = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
     tl.store(y_ptr + row * WIDTH + column, y.to(x.dtype), mask=seen)
+    return scale
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    norm_row(
+        x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, tl.program_id(0).to(tl.int64), stride_x, stride_residual,
+        eps, WIDTH, BLOCK, HAS_RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def silu_mul_block(gate, up):
+    wide = gate.to(tl.float32)
+    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    return (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
 
 @triton.jit
@@ -38,11 +57,7 @@ def _silu_mul_kernel(x_ptr, y_ptr, stride_x, WIDTH: tl.constexpr, BLOCK: tl.cons
     seen = column < WIDTH
     gate = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
     up = tl.load(x_ptr + row * stride_x + WIDTH + column, mask=seen, other=0.0)
-    wide = gate.to(tl.float32)
-    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    tl.store(
-        y_ptr + row * WIDTH + column, (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=seen
-    )
+    tl.store(y_ptr + row * WIDTH + column, silu_mul_block(gate, up), mask=seen)
 
 
 @triton.jit
@@ -111,20 +126,31 @@ def rms_norm(
     rows, width = x.shape
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else x
-    block = triton.next_power_of_2(width)
+    block, warps = norm_shape(width)
     _rms_norm_kernel[(rows,)](
         x, residual if residual is not None else x, weight, y, total, x.stride(0),
         residual.stride(0) if residual is not None else 0, eps, WIDTH=width, BLOCK=block,
-        HAS_RESIDUAL=residual is not None, num_warps=max(1, min(16, block // 512)),
+        HAS_RESIDUAL=residual is not None, num_warps=warps,
     )  # fmt: skip
     return y, total
+
+
+def norm_shape(width: int) -> tuple[int, int]:
+    """Columns and warps of a program that norms a row of `width`."""
+    block = triton.next_power_of_2(width)
+    return block, max(1, min(16, block // 512))
+
+
+def silu_block(width: int) -> int:
+    """Columns of a program of SiLU and multiplication, which has 4 warps."""
+    return min(1024, triton.next_power_of_2(width))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`lorax_kernels.silu_mul` on a device."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(1024, triton.next_power_of_2(width))
+    block = silu_block(width)
     _silu_mul_kernel[(rows, triton.cdiv(width, block))](
         gate_up, y, gate_up.stride(0), WIDTH=width, BLOCK=block, num_warps=4
     )

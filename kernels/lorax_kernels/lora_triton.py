@@ -1,9 +1,10 @@
 """LoRA shrink and expand in Triton: what a CUDA device runs.
 
-A site costs two launches: shrink, h = x A^T, and expand, out += h B. Both walk the work list of the step
-(`worklist`), so their cost follows active rows, adapters and true ranks. Shrink splits the long input dimension over
-programs; each split writes a plane of h of its own and expand sums the planes, so that nothing is zeroed and nothing
-is added atomically, and a result does not depend on the order in which programs run.
+A site costs two launches: shrink, h = x A^T, and expand, out += h B; or one, where shrink rides in the node that makes
+x (`riding`). Both walk the work list of the step (`worklist`), so their cost follows active rows, adapters and true
+ranks. Shrink splits the long input dimension over programs; each split writes a plane of h of its own and expand sums
+the planes, so that nothing is zeroed and nothing is added atomically, and a result does not depend on the order in
+which programs run.
 
 Two forms of shrink. bgmv, for decode: a unit is one page and one slice of a block of up to 16 rows; a block of one row,
 the rule when every sequence has its own adapter, is a matrix-vector product without tensor cores, bound by reading A.
@@ -19,13 +20,9 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from lorax_kernels.expand_kernels import bgmv_expand_kernel, sgmv_expand_kernel
 from lorax_kernels.layout import PAGE_RANK
-from lorax_kernels.lora_kernels import (
-    bgmv_expand_kernel,
-    bgmv_shrink_kernel,
-    sgmv_expand_kernel,
-    sgmv_shrink_kernel,
-)
+from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.tuning import LoraConfig, lora_config
 from lorax_kernels.worklist import LoraWork
@@ -38,15 +35,29 @@ _OVERLAP_MIN_TOKENS = 1024
 
 @dataclass(slots=True)
 class Shrunk:
-    """h of one site, as planes [splits, rows, S * max_pages * 8] in float32, and how it was made."""
+    """h of one site, as planes [splits, rows, S * max_pages * 8] in float32, and how it was made.
+
+    `rode` says that it was made before the base layer's product was launched. `row_scale` float32 [T], where given, is
+    a factor that every token row of h lacks.
+    """
 
     planes: torch.Tensor
     slices: int
     config: LoraConfig
+    rode: bool = False
+    row_scale: torch.Tensor | None = None
+
+    @property
+    def splits(self) -> tuple[int, int]:
+        """log2 of the most splits, and of the pieces wanted in all."""
+        config = self.config
+        if self.rode:
+            return config.ride_split_shift, config.ride_target_log2
+        return config.split_shift, config.target_log2
 
 
 @functools.cache
-def _num_sms(index: int | None) -> int:
+def num_sms(index: int | None) -> int:
     if index is None:
         return _INTERPRETER_SMS
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
@@ -91,11 +102,11 @@ def shrink(
     )  # fmt: skip
     if work.shape.decode:
         pieces = (at.units if work.fixed else work.num_units) * slices << config.split_shift
-        grid = (max(1, min(_num_sms(x.device.index) * config.shrink_waves, pieces)),)
+        grid = (max(1, min(num_sms(x.device.index) * config.shrink_waves, pieces)),)
         bgmv_shrink_kernel[grid](
             *arguments, K=in_features, S=slices, BLOCK_M=work.shape.block_rows, BLOCK_K=config.block_k,
             MAX_SHIFT=config.split_shift, TARGET_LOG2=config.target_log2, STAGES=config.stages, PDL=config.pdl,
-            num_warps=config.shrink_warps, num_stages=1, **_options(config.pdl, config.shrink_registers),
+            num_warps=config.shrink_warps, num_stages=1, **launch_options(config.pdl, config.shrink_registers),
         )  # fmt: skip
     else:
         unit_columns = work.shape.unit_pages * columns
@@ -123,20 +134,23 @@ def expand(
     config, at = h.config, work.capacity
     w0, w1, w2 = (*out_slices, 0, 0)[:MAX_SLICES]
     arguments = (
-        h.planes, b, out, work.data, out.stride(0), b.stride(0), b.stride(1), at.blocks_at, at.rows_at, at.pages_at,
+        work.data, out.stride(0), b.stride(0), b.stride(1), at.blocks_at, at.rows_at, at.pages_at,
         h.planes.shape[1], work.max_pages,
     )  # fmt: skip
     if work.shape.decode:
-        row_tiles, tiles = _num_tiles(out_slices, config.row_n), _num_tiles(out_slices, config.block_n)
+        row_n = config.block_n if config.expand_flat else config.row_n
+        row_tiles, tiles = _num_tiles(out_slices, row_n), _num_tiles(out_slices, config.block_n)
         items = (at.blocks if work.fixed else work.num_blocks) * max(row_tiles, tiles)
-        bgmv_expand_kernel[(max(1, min(_num_sms(out.device.index) * config.expand_waves, items)),)](
-            *arguments, W0=w0, W1=w1, W2=w2, S=h.slices, BLOCK_M=work.shape.block_rows, ROW_N=config.row_n,
-            BLOCK_N=config.block_n, MAX_SHIFT=config.split_shift, TARGET_LOG2=config.target_log2, PDL=config.pdl,
-            num_warps=config.expand_warps, num_stages=1, **_options(config.pdl, config.expand_registers),
+        bgmv_expand_kernel[(max(1, min(num_sms(out.device.index) * config.expand_waves, items)),)](
+            h.planes, b, out, out if h.row_scale is None else h.row_scale, *arguments, W0=w0, W1=w1, W2=w2, S=h.slices,
+            BLOCK_M=work.shape.block_rows, ROW_N=row_n, BLOCK_N=config.block_n, MAX_SHIFT=h.splits[0],
+            TARGET_LOG2=h.splits[1], PDL=config.pdl, H_READY=h.rode, SCALED=h.row_scale is not None,
+            FLAT=config.expand_flat,
+            num_warps=config.expand_warps, num_stages=1, **launch_options(config.pdl, config.expand_registers),
         )  # fmt: skip
     else:
         sgmv_expand_kernel[(_num_tiles(out_slices, config.prefill_block_n), work.num_blocks)](
-            *arguments, W0=w0, W1=w1, W2=w2, S=h.slices, BLOCK_M=work.shape.block_rows,
+            h.planes, b, out, *arguments, W0=w0, W1=w1, W2=w2, S=h.slices, BLOCK_M=work.shape.block_rows,
             BLOCK_N=config.prefill_block_n, SPLITS=h.planes.shape[0], num_warps=config.prefill_expand_warps,
             num_stages=1,
         )  # fmt: skip
@@ -156,7 +170,7 @@ def add_lora(
     config: LoraConfig | None = None,
 ) -> None:
     """`lorax_kernels.add_lora` on a device; `batch` must have its work list there."""
-    work = _work_of(batch)
+    work = work_of(batch)
     expand(shrink(x, a, work, config), b, work, out, out_slices)
 
 
@@ -167,10 +181,15 @@ def linear(
     batch: LoraBatch,
     out_slices: tuple[int, ...],
     config: LoraConfig | None = None,
+    h: Shrunk | None = None,
 ) -> torch.Tensor:
     """`lorax_kernels.lora_linear` on a device. Where the configuration says so, shrink runs beside the base layer's
-    product on a stream of its own: both wait for x only."""
-    work = _work_of(batch)
+    product on a stream of its own: both wait for x only. Where shrink rode in the node before, its `h` is given."""
+    work = work_of(batch)
+    if h is not None:
+        out = F.linear(x, *layer)
+        expand(h, weights[1], work, out, out_slices)
+        return out
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
     if config.overlap == "none" or not (work.fixed or work.num_tokens >= _OVERLAP_MIN_TOKENS):
         out = F.linear(x, *layer)
@@ -191,7 +210,12 @@ def linear(
     return out
 
 
-def _work_of(batch: LoraBatch) -> LoraWork:
+def work_of(batch: LoraBatch) -> LoraWork:
+    """The work list of `batch`.
+
+    Raises:
+        ValueError: it was made for the CPU path and has none.
+    """
     if batch.work is None:
         raise ValueError("batch: made for the CPU, it has no work list; build it with the tensors' device")
     return batch.work
@@ -202,7 +226,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _options(pdl: bool, registers: int) -> dict[str, int | bool]:
+def launch_options(pdl: bool, registers: int = 0) -> dict[str, int | bool]:
+    """Options of a launch: whether it may start before the last one is over, and a limit of registers a thread."""
     options: dict[str, int | bool] = {"launch_pdl": True} if pdl else {}
     if registers:
         options["maxnreg"] = registers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,11 @@ class LoraConfig:
 
     `pdl` lets expand start while shrink still runs (programmatic dependent launch, compute capability 9.0 and up);
     `overlap` runs shrink beside the base layer's product on a second stream: "none", "shrink_first" or "product_first".
+
+    `shrink` "fused" lets decode's shrink ride in the node that makes the site's input, where there is one that can
+    take it (`riding`), instead of "separate"; `ride_block_k`, `ride_split_shift`, `ride_target_log2`, `ride_waves` and
+    `ride_stages` are then its own, and `ride_warps` the warps of such a node, 0 for what it has by itself.
+    `expand_flat` gives single rows pieces of `block_n` columns as well, which saves expand one wait.
     """
 
     block_k: int = 512
@@ -41,6 +47,14 @@ class LoraConfig:
     expand_registers: int = 0
     pdl: bool = False
     overlap: str = "none"
+    shrink: str = "separate"
+    ride_block_k: int = 256
+    ride_split_shift: int = 4
+    ride_target_log2: int = 9
+    ride_waves: int = 2
+    ride_stages: int = 2
+    ride_warps: int = 0
+    expand_flat: bool = False
     prefill_block_k: int = 128
     prefill_splits: int = 2
     prefill_stages: int = 3
@@ -58,6 +72,7 @@ def _narrowed(config: LoraConfig) -> LoraConfig:
     return replace(
         config,
         block_k=max(128, config.block_k // 2),
+        ride_block_k=max(128, config.ride_block_k // 2),
         row_n=config.row_n // 2,
         block_n=max(32, config.block_n // 2),
         expand_registers=0,
@@ -95,7 +110,7 @@ _Config = TypeVar("_Config", LoraConfig, AttentionConfig)
 @functools.lru_cache(maxsize=4096)
 def lora_config(num_tokens: int, decode: bool, device: int | None = None) -> LoraConfig:
     """The configuration for a batch of `num_tokens` rows on CUDA device `device`; None has no table."""
-    return _pick(device, "lora", DEFAULT, num_tokens if decode else _LARGEST)
+    return replace(_pick(device, "lora", DEFAULT, num_tokens if decode else _LARGEST), **_override())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,6 +120,28 @@ def attention_config(num_sequences: int, device: int | None = None) -> Attention
 
 
 _LARGEST = 1 << 30
+OVERRIDE = "LORAX_LORA_CONFIG"
+"""Environment variable with fields of `LoraConfig` as JSON that go before every table: for comparing, not for use."""
+
+
+@functools.cache
+def _override() -> dict[str, Any]:
+    """Fields that `OVERRIDE` sets.
+
+    Raises:
+        ValueError: it holds no JSON object, or one with an unknown field.
+    """
+    text = os.environ.get(OVERRIDE)
+    if not text:
+        return {}
+    known = {f.name for f in fields(LoraConfig)}
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{OVERRIDE}: {text!r} is no JSON: {error}") from None
+    if not isinstance(given, dict) or not known.issuperset(given):
+        raise ValueError(f"{OVERRIDE}: {text!r} is no JSON object with fields of {sorted(known)}")
+    return given
 
 
 def _pick(device: int | None, kind: str, default: _Config, size: int) -> _Config:

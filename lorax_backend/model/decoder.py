@@ -7,6 +7,7 @@ graph and run for any mix of decoding and prefill, with and without adapters.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,13 @@ from lorax_kernels import (
     add_lora,
     lora_linear,
     rms_norm,
+    rms_norm_lora,
     rope_and_cache,
-    silu_mul,
+    silu_mul_lora,
 )
+
+if TYPE_CHECKING:
+    from lorax_kernels.lora_triton import Shrunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +53,15 @@ class LoraSiteView:
         self.weights = layout.a_view(pages, key), layout.b_view(pages, key)
         self.out_slices = layout.sites[key].out_slices
 
-    def project(self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None) -> torch.Tensor:
-        """linear(x), plus the adapters' deltas of the rows in `batch`; x [T, in] -> [T, out]."""
+    def project(
+        self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None, h: Shrunk | None = None
+    ) -> torch.Tensor:
+        """linear(x), plus the adapters' deltas of the rows in `batch`; x [T, in] -> [T, out]. `h` is what the kernel
+        that made x has done of the deltas."""
         if batch is None:
             return linear(x)
         if linear.weight is not None:
-            return lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices)
+            return lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices, h)
         out = linear(x)
         add_lora(x, *self.weights, batch, out, self.out_slices)
         return out
@@ -109,13 +117,16 @@ class Decoder:
         delta: torch.Tensor | None = None  # what the last block adds to x; the next norm adds it on the way
         for index, layer in enumerate(self.weights.layers):
             sites = self._sites[index]
-            normed, x = rms_norm(x, layer.input_norm, eps, delta)
-            qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
+            site = sites["qkv"]
+            normed, x, h = rms_norm_lora(x, (layer.input_norm, eps), delta, site.weights[0], lora.qkv)
+            qkv = site.project(layer.qkv, normed, lora.qkv, h)
             attended = self._attend(index, layer, qkv, positions, attention, cache)
             delta = sites["o"].project(layer.o, attended, lora.o)
-            normed, x = rms_norm(x, layer.post_norm, eps, delta)
-            gate_up = sites["gate_up"].project(layer.gate_up, normed, lora.gate_up)
-            delta = sites["down"].project(layer.down, silu_mul(gate_up), lora.down)
+            site = sites["gate_up"]
+            normed, x, h = rms_norm_lora(x, (layer.post_norm, eps), delta, site.weights[0], lora.gate_up)
+            gate_up = site.project(layer.gate_up, normed, lora.gate_up, h)
+            active, h = silu_mul_lora(gate_up, sites["down"].weights[0], lora.down)
+            delta = sites["down"].project(layer.down, active, lora.down, h)
         return x if delta is None else x + delta
 
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
