@@ -2,8 +2,9 @@
 
 The package carries the weights as a GGUF file. They are dequantized once into an ordinary model folder (bfloat16
 safetensors, tokenizer.json, configs) in the user's cache. A conversion writes beside the final folder and renames it
-when it is complete, so one that is killed leaves nothing that could be mistaken for a model; it takes seconds and
-simply starts over. `checksums.json` in the folder names each file's size and SHA-256.
+when it is complete, so one that is killed, wherever that is, leaves nothing that could be mistaken for a model; it
+takes seconds, so the next start makes all of it again instead of trusting parts. `checksums.json` in the folder names
+each file's size and SHA-256.
 """
 
 from __future__ import annotations
@@ -100,17 +101,18 @@ def verify(folder: Path, full: bool = False) -> list[str]:
     Sizes of all files and SHA-256 of the small ones are always checked; `full` hashes the weights too.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return [f"{MANIFEST}: {error}"]
-    problems = []
-    for name, expected in manifest["files"].items():
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        wanted = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST}: {type(error).__name__}: {error}"]
+    problems = [] if "model.safetensors" in files else [f"{MANIFEST}: names no weights"]
+    for name, size, digest in wanted:
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: missing")
-        elif path.stat().st_size != expected["size"]:
-            problems.append(f"{name}: {path.stat().st_size} bytes instead of {expected['size']}")
-        elif (full or expected["size"] < _SMALL_FILE) and _sha256(path) != expected["sha256"]:
+        elif path.stat().st_size != size:
+            problems.append(f"{name}: {path.stat().st_size} bytes instead of {size}")
+        elif (full or size < _SMALL_FILE) and _sha256(path) != digest:
             problems.append(f"{name}: SHA-256 differs from {MANIFEST}")
     return problems
 

@@ -13,61 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from tiny_gguf import TOKENS, tiny_gguf_weights, write_tiny_gguf
 
 from lorax_backend import smollm2
 from lorax_backend.serving.tokenizer import TokenizerPool
 from lorax_backend.smollm2 import MANIFEST, ModelSourceError, ensure_smollm2, verify
 
-HIDDEN, HEADS, KV_HEADS = 16, 2, 1
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdĠ", "ab", "Ġa"]
-
 
 @pytest.fixture
 def weights() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(3)
-    shapes = {
-        "token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,), "blk.0.attn_norm": (HIDDEN,),
-        "blk.0.ffn_norm": (HIDDEN,), "blk.0.attn_q": (HIDDEN, HIDDEN), "blk.0.attn_k": (8, HIDDEN),
-        "blk.0.attn_v": (8, HIDDEN), "blk.0.attn_output": (HIDDEN, HIDDEN), "blk.0.ffn_gate": (32, HIDDEN),
-        "blk.0.ffn_up": (32, HIDDEN), "blk.0.ffn_down": (HIDDEN, 32),
-    }  # fmt: skip
-    return {f"{name}.weight": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return tiny_gguf_weights()
 
 
 @pytest.fixture
 def gguf_file(tmp_path: Path, weights: dict[str, np.ndarray]) -> Path:
-    """A GGUF file of the built-in model's kind, small enough to convert in milliseconds."""
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path / "package" / "tiny.gguf"
-    path.parent.mkdir()
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_freq_base(1e5)
-    writer.add_rope_dimension_count(8)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(["a b", "Ġ a"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template("{{ messages[0].content }}")
-    for name, tensor in weights.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_tiny_gguf(tmp_path / "package" / "tiny.gguf", weights)
 
 
 @pytest.fixture
@@ -140,7 +100,9 @@ def test_it_is_converted_once_and_progress_is_reported(installed: Path, tmp_path
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "alter", "remove", "manifest", "other manifest", "empty manifest"]
+)
 def test_a_damaged_folder_is_converted_again(installed: Path, tmp_path: Path, damage: str) -> None:
     folder = ensure_smollm2(tmp_path / "cache")
     if damage == "truncate":
@@ -152,7 +114,8 @@ def test_a_damaged_folder_is_converted_again(installed: Path, tmp_path: Path, da
     elif damage == "remove":
         (folder / "config.json").unlink()
     else:
-        (folder / MANIFEST).write_text("{")
+        contents = {"other manifest": '{"files": {"config.json": 5}}', "empty manifest": '{"files": {}}'}
+        (folder / MANIFEST).write_text(contents.get(damage, "{"))
     assert verify(folder) != []
     assert ensure_smollm2(tmp_path / "cache") == folder
     assert verify(folder, full=True) == []
