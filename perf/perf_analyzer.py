@@ -33,20 +33,27 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "lorax-triton" / f"perf_analyzer-{VERSION}"
 
 
-def find_perf_analyzer() -> list[str]:
-    """The command that starts perf_analyzer, fetching it if need be.
+def find_perf_analyzer(given: Path | None = None) -> list[str]:
+    """The command that starts perf_analyzer: `given`, a binary or a wheel of it, for machines without a network; else
+    the one on PATH; else that of the wheel, fetched if need be.
 
     Raises:
-        PerfAnalyzerError: it is not installed and cannot be fetched.
+        PerfAnalyzerError: it is not installed and cannot be fetched, or `given` does not start.
     """
-    on_path = shutil.which("perf_analyzer")
+    if given is not None and not given.is_file():
+        raise PerfAnalyzerError(f"there is no file {given}; name a perf_analyzer binary or a wheel of it")
+    on_path = shutil.which("perf_analyzer") if given is None else None
     if on_path and _works([on_path]):
         return [on_path]
     if platform.machine() != "x86_64":
         raise PerfAnalyzerError("the perf-analyzer wheel is for x86_64; put perf_analyzer on PATH")
     folder = cache_folder()
     binary = folder / "wheel" / "perf_analyzer" / "bin" / "perf_analyzer"
-    if not binary.is_file():
+    if given is not None and given.suffix == ".whl":
+        binary = _unpack_wheel(given, folder / "given") / "perf_analyzer" / "bin" / "perf_analyzer"
+    elif given is not None:
+        binary = given
+    elif not binary.is_file():
         _fetch_wheel(folder / "wheel")
     command = [str(binary)]
     if _glibc() < _GLIBC_NEEDED:
@@ -55,7 +62,8 @@ def find_perf_analyzer() -> list[str]:
             _fetch_libraries(folder / _DEBIAN)
         command = [str(libraries / "ld-linux-x86-64.so.2"), "--library-path", str(libraries), str(binary)]
     if not _works(command):
-        raise PerfAnalyzerError(f"{' '.join(command)} does not start; remove {folder} and try again")
+        remedy = "give another" if given is not None else f"remove {folder} and try again"
+        raise PerfAnalyzerError(f"{' '.join(command)} does not start; {remedy}")
     return command
 
 
@@ -89,12 +97,21 @@ def _fetch_wheel(dest: Path) -> None:
             "downloading the perf-analyzer wheel",
         )
         (wheel,) = Path(folder).glob("*.whl")
-        partial = dest.with_name(dest.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        _unpack_wheel(wheel, dest)
+
+
+def _unpack_wheel(wheel: Path, dest: Path) -> Path:
+    """Unpack into `dest`, replacing what is there."""
+    partial = dest.with_name(dest.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(partial)
-    (partial / "perf_analyzer" / "bin" / "perf_analyzer").chmod(0o755)
-    partial.rename(dest)
+        (partial / "perf_analyzer" / "bin" / "perf_analyzer").chmod(0o755)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise PerfAnalyzerError(f"{wheel} is no wheel of perf_analyzer: {error}") from error
+    shutil.rmtree(dest, ignore_errors=True)
+    return partial.rename(dest)
 
 
 def _fetch_libraries(dest: Path) -> None:

@@ -2,6 +2,10 @@
 
     python perf/triton_load.py                             starts a server with SmolLM2 and the example adapters
     python perf/triton_load.py --url HOST:8001 --adapters org/a,org/b --adapter-source hub
+    python perf/triton_load.py --shape llama3-8b --concurrency 1,32,128 --requests 256 --max-tokens 128
+
+The last one is for a GPU: random weights of a real model's shape, and --random-adapters of rank 16 beside the base
+model. --perf-analyzer names a binary or a wheel, where there is no network.
 
 For each concurrency it prints perf_analyzer's own table and ours (time to first token, time between tokens, tokens a
 second); --output keeps both in a file, with hardware, versions and commands.
@@ -37,17 +41,26 @@ class Load:
     adapter_source: str
     prompt_words: int
     max_tokens: int
+    vocab_size: int = 0  # of a random model, one word a token; 0: a model that reads English
+
+    def prompt(self, index: int) -> str:
+        """Different for every index, so that no request finds its own in the prefix cache."""
+        places = range(self.prompt_words)
+        if self.vocab_size:
+            # Multipliers without a common divisor spread the words over the vocabulary.
+            return " ".join(f"w{2 + (7919 * index + 31 * place) % (self.vocab_size - 2)}" for place in places)
+        return f"Story {index}: " + " ".join(
+            _WORDS[(7 * index + 3 * place) % len(_WORDS)] for place in places
+        )
 
 
 def request_rows(load: Load, count: int) -> list[dict[str, list[object]]]:
-    """`count` rows of perf_analyzer's --input-data. Prompts differ, so that no request finds its own in the prefix
-    cache; adapters take turns."""
+    """`count` rows of perf_analyzer's --input-data. Prompts differ; adapters take turns."""
     rows: list[dict[str, list[object]]] = []
     for index in range(count):
         adapter = load.adapters[index % len(load.adapters)]
-        words = (_WORDS[(7 * index + 3 * place) % len(_WORDS)] for place in range(load.prompt_words))
         row: dict[str, list[object]] = {
-            "text_input": [f"Story {index}: " + " ".join(words)],
+            "text_input": [load.prompt(index)],
             "stream": [True],
             "max_tokens": [load.max_tokens],
             "return_token_ids": [True],
@@ -70,7 +83,9 @@ class Run:
     streams: list[Stream]
 
 
-def run_perf_analyzer(url: str, load: Load, concurrency: int, requests: int) -> Run:
+def run_perf_analyzer(
+    url: str, load: Load, concurrency: int, requests: int, perf_analyzer: Path | None = None
+) -> Run:
     """Run one concurrency level.
 
     Raises:
@@ -85,7 +100,7 @@ def run_perf_analyzer(url: str, load: Load, concurrency: int, requests: int) -> 
             *("--concurrency-range", str(concurrency), "--request-count", str(requests)),
             *("--warmup-request-count", str(len(load.adapters)), "--stability-percentage", "999"),
         ]
-        done = subprocess.run([*find_perf_analyzer(), *options], capture_output=True, text=True)
+        done = subprocess.run([*find_perf_analyzer(perf_analyzer), *options], capture_output=True, text=True)
         if done.returncode != 0 or not export.is_file():
             raise PerfAnalyzerError(f"perf_analyzer failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         streams = [stream for experiment in read_streams(export) for stream in experiment]
@@ -108,6 +123,26 @@ def own_server(model_id: str, max_batch_size: int) -> Iterator[str]:
         with server:
             server.wait_ready()
             yield server.grpc_address
+
+
+@contextmanager
+def random_server(
+    shape: str, adapters: int, streams: int, host_gib: float
+) -> Iterator[tuple[str, list[str], int]]:
+    """A server of our own with a random model of that shape; its gRPC address, the folders of as many adapters of rank
+    16, and the size of the vocabulary."""
+    from gpu_models import SHAPES, host_bytes, write_adapters, write_model, write_tokenizer
+    from gpu_server import server
+
+    with tempfile.TemporaryDirectory(prefix="lorax-perf-") as folder:
+        vocab = SHAPES[shape]["vocab_size"]
+        model = write_model(Path(folder) / f"random-{shape}", shape)
+        write_tokenizer(model, vocab)
+        names = write_adapters(Path(folder) / "adapters", SHAPES[shape], [16] * adapters)
+        options = {"max_batch_size": streams, "adapter_pages": 2 * adapters + 8,
+                   "adapter_host_bytes": host_bytes(names, host_gib)}  # fmt: skip
+        with server(model, **options) as running:
+            yield running.grpc_address, names, vocab
 
 
 def groups(run: Run) -> list[tuple[str, Summary]]:
@@ -148,27 +183,39 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32, help="requests measured at each concurrency [32]")
     parser.add_argument("--prompt-words", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument(
+        "--shape", help="serve random weights of this shape, such as llama3-8b, llama3-1b or tiny"
+    )
+    parser.add_argument(
+        "--random-adapters", type=int, default=64, help="with --shape: adapters of rank 16 [64]"
+    )
+    parser.add_argument(
+        "--host-gib", type=float, default=3.0, help="with --shape: host memory for adapters [3]"
+    )
+    parser.add_argument(
+        "--perf-analyzer", type=Path, metavar="PATH", help="binary or wheel; default: PATH, else fetched"
+    )
     parser.add_argument("--output", type=Path, help="file for the result, such as perf/results/NAME.md")
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = _arguments()
-    names = (arguments.adapters or ",".join(map(str, sorted(_EXAMPLE_ADAPTERS.iterdir())))).split(",")
-    load = Load(
-        adapters=tuple(names if arguments.no_base else ["", *names]),
-        adapter_source=arguments.adapter_source,
-        prompt_words=arguments.prompt_words,
-        max_tokens=arguments.max_tokens,
-    )
     levels = [int(text) for text in arguments.concurrency.split(",")]
     facts = environment()
     runs = []
     try:
-        find_perf_analyzer()
-        with _server(arguments, max(levels)) as url:
+        find_perf_analyzer(arguments.perf_analyzer)
+        with _server(arguments, max(levels)) as (url, names, vocab):
+            load = Load(
+                adapters=tuple(names if arguments.no_base else ["", *names]),
+                adapter_source=arguments.adapter_source,
+                prompt_words=arguments.prompt_words,
+                max_tokens=arguments.max_tokens,
+                vocab_size=vocab,
+            )
             for level in levels:
-                run = run_perf_analyzer(url, load, level, arguments.requests)
+                run = run_perf_analyzer(url, load, level, arguments.requests, arguments.perf_analyzer)
                 print(run.table, "", markdown_table(groups(run)), "", sep="\n", flush=True)
                 runs.append(run)
     except PerfAnalyzerError as error:
@@ -176,18 +223,26 @@ def main() -> int:
         return 1
     if arguments.output:
         adapters = len(set(load.adapters) - {""})
-        title = f"perf_analyzer over gRPC: {arguments.model_id}, {adapters} adapters, {load.max_tokens} tokens each"
+        model = (arguments.shape and f"random weights, {arguments.shape}") or arguments.model_id
+        title = f"perf_analyzer over gRPC: {model}, {adapters} adapters, {load.max_tokens} tokens each"
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(report(title, facts, runs))
     return 0
 
 
 @contextmanager
-def _server(arguments: argparse.Namespace, streams: int) -> Iterator[str]:
+def _server(arguments: argparse.Namespace, streams: int) -> Iterator[tuple[str, list[str], int]]:
+    """Address, adapters and, for a random model, the size of its vocabulary."""
+    names = (arguments.adapters or ",".join(map(str, sorted(_EXAMPLE_ADAPTERS.iterdir())))).split(",")
     if arguments.url:
-        yield arguments.url
+        yield arguments.url, names, 0
+    elif arguments.shape:
+        streams = max(streams, 8)
+        with random_server(arguments.shape, arguments.random_adapters, streams, arguments.host_gib) as found:
+            yield found
     else:
         with own_server(arguments.model_id, max(streams, 8)) as url:
-            yield url
+            yield url, names, 0
 
 
 if __name__ == "__main__":
