@@ -162,7 +162,7 @@ class AdapterControl:
             raise ValidationError(_NO_PINS.format(tier=tier))
         if record is not None and _is_at(record, tier):
             if pin:
-                record.pinned = tier
+                self._loading.pin(record, tier)
         else:
             self._start(ref, arguments.get("api_token"), tier, pin=pin)
             self.progress()
@@ -175,7 +175,7 @@ class AdapterControl:
     def _unpin(self, ref: AdapterRef, arguments: dict[str, Any]) -> dict[str, Any]:
         record = self._loading.find(ref)
         if record is not None:
-            record.pinned = ""
+            self._loading.pin(record, "")
             for operation in self._operations.values():
                 operation.pin = operation.pin and operation.record is not record
             self._loading.room_changed()
@@ -224,7 +224,9 @@ class AdapterControl:
         if record.is_loaded:
             self._loading.references.make_current(record.ref)
             self._loading.counters.reloads += 1
-            record.replaces, record.pinned, record.hits = None, pinned, old.hits
+            record.replaces, record.hits = None, old.hits
+            self._loading.pin(record, pinned)
+            self._loading.most_asked.count(record)
             if old.status is not AdapterStatus.DROPPED:
                 self._lifecycle.retire(old)
         return False
@@ -273,7 +275,7 @@ class AdapterControl:
 
     def _may_pin(self, ref: AdapterRef, num_pages: int, tier: str, pending: bool = True) -> bool:
         """False if this pin beside the others, and those under way, would leave no room for any other adapter."""
-        pinned = {r.ref: r.num_pages for r in self._loading.records.values() if r.pinned == tier}
+        pinned = {r.ref: r.num_pages for r in self._loading.pinned if r.pinned == tier}
         for operation in self._operations.values():
             if pending and operation.pin and operation.tier == tier:
                 pinned[operation.record.ref] = max(1, operation.record.num_pages)
@@ -286,7 +288,7 @@ class AdapterControl:
     def _pin_now(self, record: AdapterRecord, tier: str) -> None:
         """An adapter to be pinned has come; only now is its size known."""
         if self._may_pin(record.ref, record.num_pages, tier, pending=False):
-            record.pinned = tier
+            self._loading.pin(record, tier)
         else:
             self._errors[replace(record.ref, generation=0)] = ValidationError(_NO_PINS.format(tier=tier))
 

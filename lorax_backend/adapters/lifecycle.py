@@ -208,7 +208,8 @@ class AdapterLifecycle:
 
     def retire(self, record: AdapterRecord) -> None:
         """Let an adapter live only as long as the requests that hold it; new ones get another."""
-        record.retired, record.pinned = True, ""
+        record.retired = True
+        self._loading.pin(record, "")
         self._retired.add(record)
         self._settle(record)
 

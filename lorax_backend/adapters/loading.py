@@ -17,6 +17,7 @@ from lorax_backend.adapters.background import DOWNLOAD, READ, Background
 from lorax_backend.adapters.counters import DEVICE, DISK, HOST, REMOTE, AdapterCounters
 from lorax_backend.adapters.loader import Loader
 from lorax_backend.adapters.permissions import Authorization
+from lorax_backend.adapters.popularity import MostAsked
 from lorax_backend.adapters.references import References
 from lorax_backend.adapters.registry import AdapterRecord, AdapterStatus, NegativeCache, PlannedAdapter
 from lorax_backend.adapters.sources.base import AdapterSource, DiskTier
@@ -35,6 +36,7 @@ from lorax_backend.types import AdapterRef
 _NEGATIVE_TTL_S = 2.0
 _MAX_NEGATIVE = 4096
 _MAX_ON_HOST = 8192
+MAX_NAMED = 64  # adapters named in one list of a report, so that none grows with the number of adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class AdapterLoading:
 
     def __init__(self, parts: AdapterParts, clock: Callable[[], float]) -> None:
         self.records: dict[AdapterRef, AdapterRecord] = {}
+        self.pinned: set[AdapterRecord] = set()
+        self.most_asked = MostAsked(MAX_NAMED)
         self.host = HostTier(parts.memory, _MAX_ON_HOST)
         self.counters = AdapterCounters()
         self.references = References(parts.sources)
@@ -144,6 +148,24 @@ class AdapterLoading:
         failures, self._failures = self._failures, []
         return failures
 
+    def pin(self, record: AdapterRecord, tier: str) -> None:
+        """Let an adapter stay in a tier until told otherwise; "" lets it go."""
+        record.pinned = tier
+        if tier:
+            self.pinned.add(record)
+        else:
+            self.pinned.discard(record)
+
+    def waiting(self) -> list[AdapterRecord]:
+        """Up to MAX_NAMED adapters that requests need and no sequence runs with; longest waited for first."""
+        found: dict[AdapterRecord, None] = {}
+        for handle, record in self._handles.items():
+            if handle >= 0 and not record.users:
+                found[record] = None
+                if len(found) == MAX_NAMED:
+                    break
+        return list(found)
+
     def room_changed(self) -> None:
         """Somebody who waits for host memory may find room now."""
         self._room_changed = True
@@ -162,11 +184,14 @@ class AdapterLoading:
         record.move(AdapterStatus.DROPPED)
         record.plan = record.files = record.replaces = None
         del self.records[record.ref]
+        self.pinned.discard(record)
+        self.most_asked.discard(record)
         self.references.forget(record.ref, self.records)
 
     def close(self) -> None:
         self.background.close()
         self.records.clear()
+        self.pinned.clear()
         self._handles.clear()
         self._awaiting_room.clear()
 
@@ -180,6 +205,8 @@ class AdapterLoading:
             yield "requests"
         if any(not record.unverified <= set(record.handles) for record in records):
             yield "requests to be verified"
+        if self.pinned != {record for record in records if record.pinned}:
+            yield "pinned adapters"
 
     def start_fetch(self, record: AdapterRecord) -> None:
         """Bring the files of an adapter that requests need to this machine, with the token of one of them."""
@@ -298,6 +325,7 @@ class AdapterLoading:
         if handle < 0:
             return
         record.hits += 1
+        self.most_asked.count(record)
         self.host.order.hit(record.ref)
         if record.is_loaded:
             self.counters.hits[HOST if record.slot is None else DEVICE] += 1

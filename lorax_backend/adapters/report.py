@@ -6,27 +6,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorax_backend.adapters.counters import DEVICE, HOST
-from lorax_backend.adapters.loading import AdapterLoading
+from lorax_backend.adapters.loading import MAX_NAMED, AdapterLoading
 from lorax_backend.adapters.sources.base import DiskTier
 from lorax_backend.adapters.tiers import DeviceTier
 
-_MAX_NAMED = 64  # adapters named in one list, so that no series of metrics grows with the number of adapters
-
 
 def tier_stats(loading: AdapterLoading, device: DeviceTier, disk: DiskTier | None) -> dict[str, Any]:
-    """Plain numbers, lists and dicts.
+    """Plain numbers, lists and dicts, made each second on the engine's thread: what it costs grows with the device's
+    slots and the requests that wait, not with the adapters that are known.
 
     Gauges: pages_total, pages_used, pages_pinned, slots_total, on_device, on_host, on_disk, loading, known, pinned,
-    awaiting_host, host_bytes_total, host_bytes_used, disk_bytes_total, disk_bytes_used. Counters: loads (adapters
+    host_bytes_total, host_bytes_used, disk_bytes_total, disk_bytes_used. Counters: loads (adapters
     read into host memory), failed_loads, evictions (from the device, or from the host alone), auth_checks,
     auth_denials, reloads; by tier: tier_hits, tier_loads, tier_evictions. load_seconds: by tier, a histogram (see
     counters.Histogram). running, waiting: names of adapters that sequences run with or requests wait for, at most 64
-    each; popular: for the 64 with most requests, their number by name.
+    each; popular: for the 64 with most requests, their number by name (see popularity.MostAsked).
     """
-    records, arena, counters = list(loading.records.values()), device.arena, loading.counters
+    arena, counters, on_device = device.arena, loading.counters, list(device)
     evicted = counters.evictions[DEVICE] + counters.evictions[HOST]
     disk_stats = disk.stats() if disk is not None else {"bytes_total": 0, "bytes_used": 0, "entries": 0}
-    popular = sorted(records, key=lambda record: -record.hits)[:_MAX_NAMED]
+    known, on_device_alone = len(loading.records), sum(record.host is None for record in on_device)
     return {
         "pages_total": arena.num_pages,
         "pages_used": arena.num_pages - arena.num_free_pages,
@@ -35,9 +34,9 @@ def tier_stats(loading: AdapterLoading, device: DeviceTier, disk: DiskTier | Non
         "on_device": len(device),
         "on_host": len(loading.host),
         "on_disk": disk_stats["entries"],
-        "known": len(records),
-        "pinned": sum(bool(record.pinned) for record in records),
-        "loading": sum(not record.is_loaded for record in records),
+        "known": known,
+        "pinned": len(loading.pinned),
+        "loading": known - len(loading.host) - on_device_alone,
         "host_bytes_total": loading.host.budget,
         "host_bytes_used": loading.host.used,
         "disk_bytes_total": disk_stats["bytes_total"],
@@ -52,11 +51,9 @@ def tier_stats(loading: AdapterLoading, device: DeviceTier, disk: DiskTier | Non
         "tier_loads": dict(counters.loads),
         "tier_evictions": counters.evictions | {"disk": disk_stats.get("evictions", 0)},
         "load_seconds": {tier: histogram.as_dict() for tier, histogram in counters.seconds.items()},
-        "running": [str(record.ref) for record in records if record.users][:_MAX_NAMED],
-        "waiting": [str(r.ref) for r in records if not r.users and any(h >= 0 for h in r.handles)][
-            :_MAX_NAMED
-        ],
-        "popular": {str(record.ref): record.hits for record in popular if record.hits},
+        "running": [str(record.ref) for record in on_device if record.users][:MAX_NAMED],
+        "waiting": [str(record.ref) for record in loading.waiting()],
+        "popular": loading.most_asked.by_name(),
     }
 
 
