@@ -1,0 +1,112 @@
+"""A decode step of a whole tiny model on the Triton kernels, in the interpreter: its logits, and how many launches it
+takes, since a dependent launch costs a graph more than the work of a few rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from model_driver import ModelDriver
+from triton.runtime.interpreter import InterpretedFunction
+
+from lorax_backend.model import layers
+from lorax_kernels import LoraBatch, dispatch, tuning
+
+LAYERS = 2
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS = ({"rank": 1, "targets": ("q_proj",)}, {"rank": 12, "targets": MODULES})
+PROMPTS = [[3 + (7 * i + k) % 200 for k in range(3 + 2 * i)] for i in range(5)]
+SMALL = {
+    "block_k": 32,
+    "row_n": 64,
+    "block_n": 32,
+    "split_shift": 1,
+    "ride_block_k": 32,
+    "ride_split_shift": 1,
+}
+
+
+@contextmanager
+def on_triton(monkeypatch: pytest.MonkeyPatch, **config: object) -> Iterator[None]:
+    """CPU tensors go to the Triton kernels, LoRA with `config`."""
+    plain = LoraBatch.build
+
+    def with_work(*arguments: object) -> LoraBatch | None:
+        batch = plain(*arguments)
+        return None if batch is None else batch.with_work("cpu")
+
+    with monkeypatch.context() as patched:
+        patched.setenv(tuning.OVERRIDE, json.dumps(SMALL | config))
+        patched.setattr(dispatch, "_uses_triton", lambda tensor: True)
+        patched.setattr(LoraBatch, "build", with_work)
+        forget_configs()
+        yield
+    forget_configs()
+
+
+def forget_configs() -> None:
+    tuning._override.cache_clear()
+    tuning.lora_config.cache_clear()
+
+
+@pytest.fixture
+def decode(
+    tiny_model_path: Callable[..., Path], tiny_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[dict[str, object] | None], tuple[torch.Tensor, Counter[str]]]:
+    """Logits of one decode step of five sequences, on the torch path (None) or on Triton with these fields of
+    `LoraConfig`, and the launches it took. The prompts are always read on the torch path."""
+    monkeypatch.setattr(layers, "_packing_supported", False)  # plain weights, as on a device
+    path = tiny_model_path("llama", num_hidden_layers=LAYERS)
+    folders = [tiny_adapter(path, seed=i, **adapter) for i, adapter in enumerate(ADAPTERS)]
+    launches: Counter[str] = Counter()
+    plain_run, plain_linear = InterpretedFunction.run, torch.nn.functional.linear
+
+    def run(self: InterpretedFunction, *arguments: object, **options: object) -> object:
+        launches[self.__name__] += 1
+        return plain_run(self, *arguments, **options)
+
+    def linear(*arguments: torch.Tensor) -> torch.Tensor:
+        launches["linear"] += 1
+        return plain_linear(*arguments)
+
+    def step(config: dict[str, object] | None) -> tuple[torch.Tensor, Counter[str]]:
+        driver = ModelDriver(path, dtype="float32", num_blocks=32, max_batch_size=8, adapter_pages=8)
+        slots = [driver.add_adapter(folder) for folder in folders]
+        sequences = [driver.add(ids, [*slots, -1, slots[1], slots[1]][i]) for i, ids in enumerate(PROMPTS)]
+        driver.generate(sequences, 1)
+        launches.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(InterpretedFunction, "run", run)
+            patched.setattr(torch.nn.functional, "linear", linear)
+            work = [(seq, 1) for seq in sequences]
+            if config is None:
+                driver.step(work)
+            else:
+                with on_triton(monkeypatch, **config):
+                    driver.step(work)
+        return torch.stack([driver.last_logits[seq.handle] for seq in sequences]), Counter(launches)
+
+    return step
+
+
+def test_a_decode_step_gives_the_same_logits_and_fewer_launches_where_shrink_rides(
+    decode: Callable[[dict[str, object] | None], tuple[torch.Tensor, Counter[str]]],
+) -> None:
+    want, _ = decode(None)
+    separate, before = decode({})
+    fused, after = decode({"shrink": "fused", "expand_flat": True})
+    torch.testing.assert_close(separate, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fused, want, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(fused, separate)
+    assert nodes_per_layer(before) == 17
+    assert nodes_per_layer(after) == 14
+
+
+def nodes_per_layer(launches: Counter[str]) -> float:
+    """Without the last norm and the head."""
+    return (sum(launches.values()) - 2) / LAYERS
