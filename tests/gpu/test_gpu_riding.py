@@ -110,7 +110,7 @@ def test_one_graph_runs_every_mix_of_adapters(node: str, config: str) -> None:
     slots = lora.token_slots
     batch = LoraBatch.build(slots, lora.slot_pages, lora.slot_ranks, "cuda", buffer)
     assert batch is not None
-    # A product whose result is the base output whatever the node gave: eye, or nothing and a bias.
+    # The product adds nothing to the base output, whatever the node gave.
     weight = torch.zeros(lora.out.shape[1], 2048, dtype=torch.bfloat16, device="cuda")
     outputs = [torch.empty_like(lora.out) for _ in range(repeats)]
 
