@@ -32,6 +32,9 @@ _DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_LISTED = 3  # tensors with the same problem named before the rest is only counted
 
 
+_Stamp = tuple[int, int, int, int]  # inode, bytes, times of modification and of change in ns
+
+
 @dataclass(slots=True)
 class _Module:
     """A and B of one layer of the base, as far as they were found. `raw` is its name in the adapter's own words."""
@@ -73,7 +76,7 @@ class _Problems:
 class AdapterPlan:
     """An adapter checked by its configuration and the headers of its files, not read yet.
 
-    `num_pages` and `nbytes` are what the loaded adapter will take.
+    `num_pages` and `nbytes` are what the loaded adapter will take; `stamps` tell whether a file is still the same.
     """
 
     folder: Path
@@ -81,6 +84,7 @@ class AdapterPlan:
     layout: PageLayout
     dtype: torch.dtype
     modules: Mapping[str, _Module]
+    stamps: Mapping[Path, _Stamp | None]
 
     @property
     def num_pages(self) -> int:
@@ -142,7 +146,8 @@ def inspect_adapter(
         raise AdapterNotFoundError(f"adapter folder {folder} cannot be read: {error.strerror}") from None
     for problem in config_problems:
         problems.add(problem)
-    stored = [tensor for name in weights for tensor in _read_header(folder / name, problems)]
+    stamps = {folder / name: _stamp(folder / name) for name in weights}
+    stored = [tensor for file in stamps for tensor in _read_header(file, problems)]
     modules = _match_modules(stored, targets, problems)
     for module in modules.values():
         _check_shapes(module, problems)
@@ -151,7 +156,8 @@ def inspect_adapter(
     problems.raise_if_any(folder)
     if not modules:
         raise AdapterIncompatibleError(f"adapter {folder.name} holds no LoRA weights")
-    return AdapterPlan(folder, max(module.rank for module in modules.values()), layout, dtype, modules)
+    rank = max(module.rank for module in modules.values())
+    return AdapterPlan(folder, rank, layout, dtype, modules, stamps)
 
 
 def _read_header(file: Path, problems: _Problems) -> list[StoredTensor]:
@@ -246,7 +252,7 @@ def _fill_pages(plan: AdapterPlan, pages: torch.Tensor, problems: _Problems) -> 
         site: (layout.a_view(pages, site), layout.b_view(pages, site), layout.sites[site].out_slices)
         for site in {module.target.site for module in modules.values()}
     }
-    for module, a, b in _read_weights(modules, problems):
+    for module, a, b in _read_weights(modules, plan.stamps, problems):
         a_view, b_view, slices = views[module.target.site]
         offset = sum(slices[: module.target.slice])
         a_slice = a_view[:, module.target.slice]
@@ -264,7 +270,7 @@ def _fill_pages(plan: AdapterPlan, pages: torch.Tensor, problems: _Problems) -> 
 
 
 def _read_weights(
-    modules: Mapping[str, _Module], problems: _Problems
+    modules: Mapping[str, _Module], stamps: Mapping[Path, _Stamp | None], problems: _Problems
 ) -> Iterator[tuple[_Module, torch.Tensor, torch.Tensor]]:
     """A and B of every module."""
     pairs = [(module, module.a, module.b) for module in modules.values()]
@@ -276,6 +282,10 @@ def _read_weights(
         except WeightFileError as error:
             problems.add(f"{file.name} changed or vanished while it was read: {error}")
             return
+        # One that is gone was read in full all the same.
+        if _stamp(file) not in (stamps[file], None):
+            problems.add(f"{file.name} changed while it was read; try again")
+            return
     for module, a, b in pairs:
         if a is None or b is None:
             continue
@@ -284,6 +294,15 @@ def _read_weights(
             problems.add(f"{a.file.name} changed while it was read; try again")
             return
         yield module, a_data, b_data
+
+
+def _stamp(file: Path) -> _Stamp | None:
+    """Changes with the file's content; None if it is not there."""
+    try:
+        info = file.stat()
+    except OSError:
+        return None
+    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def _is_finite(view: torch.Tensor) -> bool:

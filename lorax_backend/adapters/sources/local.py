@@ -5,20 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.weight_files import CONFIG_NAME, PICKLE_NAME
 from lorax_backend.errors import AdapterNotFoundError, AdapterTooLargeError, ValidationError
 from lorax_backend.types import AdapterRef
 
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
 
 class LocalSource:
     """`adapter_source=local`: the id is a folder, absolute or relative to the server's working directory.
 
-    The folder is only read. Its revision is a digest of adapter_config.json and of the weights' sizes and times of
-    change, so that an adapter trained again in the same place is another one once it is loaded again. With `roots`,
-    relative ids are relative to the first of them, and folders outside all of them are told as missing: for servers
-    whose callers are not trusted with the whole file system.
+    The folder is only read. Its revision is a digest of adapter_config.json and, for each file of weights, of its size,
+    its times of modification and of change, and samples of its content, so that an adapter trained again in the same
+    place is another one once it is loaded again. Nobody can set the time of change, so not even a file of the same
+    size and time of modification passes for the old one; where a file system keeps no such time, the samples tell them
+    apart. Hashing all of it would take longer than loading it. A file that was only touched counts as a new one, which
+    costs a load and no more.
+
+    With `roots`, relative ids are relative to the first of them, and folders outside all of them are told as missing:
+    for servers whose callers are not trusted with the whole file system.
     """
 
     name = "local"
@@ -79,10 +87,20 @@ class LocalSource:
                     raise self._missing(Path(entry.path))
                 info = entry.stat()
                 total += info.st_size
-                digest.update(f"{entry.name} {info.st_size} {info.st_mtime_ns}\n".encode())
+                times = f"{info.st_mtime_ns} {info.st_ctime_ns}"
+                digest.update(f"{entry.name} {info.st_size} {times}\n".encode())
+                _add_samples(digest, Path(entry.path), info.st_size)
         if total > self._max_bytes:
             raise AdapterTooLargeError(
                 f"{folder}: its weights have {total} bytes, this server takes at most {self._max_bytes} "
                 "(max_adapter_bytes); is it a whole model?"
             )
         return digest.hexdigest()[:40]
+
+
+def _add_samples(digest: Any, file: Path, size: int) -> None:
+    """Add blocks from all over the file, with the first and the last; of a small one everything."""
+    with file.open("rb", buffering=0) as content:
+        for number in range(_SAMPLES):
+            content.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(content.read(_SAMPLE_BYTES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from adapter_files import PREFIX, Base, lora_config, lora_tensors, write_adapter
 
+from lorax_backend.adapters.checkpoint import inspect_adapter
 from lorax_backend.errors import (
     AdapterError,
     AdapterIncompatibleError,
@@ -349,8 +351,6 @@ def test_a_hostile_pattern_costs_little_and_is_refused(
 
 
 def test_weights_replaced_after_the_check_are_noticed(make_adapter: Callable[..., Path], tiny: Base) -> None:
-    from lorax_backend.adapters.checkpoint import inspect_adapter
-
     folder = make_adapter(rank=4)
     plan = inspect_adapter(folder, tiny.targets, tiny.layout, torch.float32, 64)
     make_adapter(rank=6)
@@ -358,4 +358,14 @@ def test_weights_replaced_after_the_check_are_noticed(make_adapter: Callable[...
         plan.load()
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterIncompatibleError, match="vanished"):
+        plan.load()
+
+
+def test_weights_of_the_same_shape_replaced_after_the_check_are_not_taken_for_the_checked_ones(
+    make_adapter: Callable[..., Path], tiny: Base
+) -> None:
+    folder = make_adapter(seed=1)
+    plan = inspect_adapter(folder, tiny.targets, tiny.layout, torch.float32, 64)
+    os.utime(make_adapter(seed=2) / "adapter_model.safetensors", ns=(1, 1))
+    with pytest.raises(AdapterIncompatibleError, match="changed while it was read; try again"):
         plan.load()

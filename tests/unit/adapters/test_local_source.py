@@ -74,6 +74,44 @@ def test_the_revision_follows_the_content(make_adapter: Callable[..., Path]) -> 
     assert revision() not in (first, second), "another configuration"
 
 
+def test_weights_written_again_with_the_same_size_and_time_are_another_revision(
+    make_adapter: Callable[..., Path],
+) -> None:
+    folder = make_adapter(seed=1)
+    weights = folder / "adapter_model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    before, first = weights.stat(), LocalSource().fetch(local(folder), None).revision
+    make_adapter(seed=2)
+    os.utime(weights, ns=(1, 1))
+    after = weights.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert LocalSource().fetch(local(folder), None).revision != first
+
+
+def test_content_is_sampled_for_file_systems_that_keep_no_time_of_change(
+    make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter()
+    weights = folder / "adapter_model.safetensors"
+
+    class Frozen:
+        name, path = weights.name, str(weights)
+
+        def stat(self) -> os.stat_result:
+            return os.stat_result((0o644, 1, 1, 1, 0, 0, os.stat(self.path).st_size, 1, 1, 1))
+
+    monkeypatch.setattr(os, "scandir", lambda path: [Frozen()])
+
+    def revision(content: bytes) -> str:
+        weights.write_bytes(content)
+        return LocalSource().fetch(local(folder), None).revision
+
+    size = 3_000_000
+    contents = [bytes(size), b"1" + bytes(size - 1), bytes(size - 1) + b"1", b"2" * size, bytes(size + 1)]
+    assert len({revision(content) for content in contents}) == len(contents)
+    assert revision(contents[0]) == revision(contents[0])
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "no/such/folder", "~/adapters"])
 def test_a_missing_folder_is_named_in_full(path: str) -> None:
     with pytest.raises(AdapterNotFoundError, match=os.path.abspath(path)):
