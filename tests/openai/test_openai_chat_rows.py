@@ -310,6 +310,85 @@ def test_c14_tool_choice_is_auto_none_required_or_a_name_in_either_form() -> Non
         assert told.error["param"].startswith("tool_choice")
 
 
+def allowed(mode: Any, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_c14_of_allowed_tools_the_model_is_told_of_those_alone_and_calls_no_other(stream: bool) -> None:
+    said = '{"name": "add", "parameters": {"a": 1}}'
+    for choice, calls in ((allowed("auto", "add"), 1), (allowed("auto", "get_weather"), 0)):
+        backend = ScriptedBackend(saying(said[:9], said[9:]))
+        told = chat(backend, tools=[TOOL, OTHER_TOOL], tool_choice=choice, stream=stream)
+        (sent,) = backend.call.sampling["tools"]
+        assert [sent["function"]] == [choice["allowed_tools"]["tools"][0]["function"] | sent["function"]]
+        assert "response_format" not in backend.call.sampling
+        events = told.events if stream else [told.json]
+        parts = [
+            event["choices"][0]["delta" if stream else "message"] for event in events if event["choices"]
+        ]
+        assert sum(len(part.get("tool_calls") or ()) > 0 for part in parts) >= calls
+        assert any(part.get("tool_calls") for part in parts) == bool(calls)
+    both = sampling(tools=[OTHER_TOOL, TOOL], tool_choice=allowed("auto", "add", "get_weather"))
+    assert both["tools"] == [OTHER_TOOL, TOOL]
+    flat = {"mode": "auto", "tools": [{"type": "function", "name": "add"}]}
+    choice = {"type": "allowed_tools", "allowed_tools": flat}
+    assert sampling(tools=[TOOL, OTHER_TOOL], tool_choice=choice)["tools"] == [TOOL]
+
+
+def test_c14_one_of_the_allowed_tools_can_be_required_as_any_can() -> None:
+    sent = sampling(tools=[TOOL, OTHER_TOOL], tool_choice=allowed("required", "get_weather"))
+    assert sent["tools"] == [OTHER_TOOL]
+    assert sent["response_format"]["schema"]["items"]["properties"]["name"] == {"const": "get_weather"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ({"type": "allowed_tools"}, "tool_choice.allowed_tools"),
+        ({"type": "allowed_tools", "allowed_tools": []}, "tool_choice.allowed_tools"),
+        (allowed(None, "add"), "tool_choice.allowed_tools.mode"),
+        (allowed("never", "add"), "tool_choice.allowed_tools.mode"),
+        (allowed("auto"), "tool_choice.allowed_tools.tools"),
+        (allowed("auto", "add", "other"), "tool_choice.allowed_tools.tools[1]"),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [3]}},
+            "tool_choice.allowed_tools.tools[0]",
+        ),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function"}]}},
+            "tool_choice.allowed_tools.tools[0].name",
+        ),
+        ({"type": "custom", "custom": {"name": "add"}}, "tool_choice.type"),
+    ],
+)
+def test_c14_allowed_tools_that_cannot_be_read_are_refused_by_name(choice: Any, param: str) -> None:
+    told = chat(ScriptedBackend(), tools=[TOOL], tool_choice=choice)
+    assert (told.status, told.error["param"]) == (400, param)
+
+
+def test_c16_calls_written_as_python_are_told_as_all_others() -> None:
+    pieces = ["[get_", "weather(city='Pa", "ris'), add(a=1)", "]"]
+    told = chat(ScriptedBackend(saying(*pieces)), tools=[TOOL, OTHER_TOOL])
+    (choice,) = told.json["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+    functions = [call["function"] for call in choice["message"]["tool_calls"]]
+    assert functions == [
+        {"name": "get_weather", "arguments": '{"city": "Paris"}'},
+        {"name": "add", "arguments": '{"a": 1}'},
+    ]
+    events = chat(ScriptedBackend(saying(*pieces)), tools=[TOOL, OTHER_TOOL], stream=True).events
+    deltas = [
+        call
+        for event in events
+        for choice in event["choices"]
+        for call in choice["delta"].get("tool_calls") or ()
+    ]
+    assert [delta["index"] for delta in deltas] == [0, 0, 1, 1]
+    assert "".join(delta["function"]["arguments"] for delta in deltas) == '{"city": "Paris"}{"a": 1}'
+
+
 def test_c14_with_none_a_call_in_the_text_stays_text() -> None:
     told = chat(ScriptedBackend(saying(CALL)), tools=[TOOL], tool_choice="none")
     assert told.json["choices"][0]["message"]["content"] == CALL

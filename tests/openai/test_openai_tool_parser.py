@@ -25,6 +25,8 @@ LLAMA = '{"name": "add", "parameters": {"a": 1}}'
 LLAMA_SEVERAL = (
     '<|python_tag|>{"name": "add", "parameters": {"a": 1}}; {"name": "add", "parameters": {"a": 2}}'
 )
+PYTHON = '[get_weather(city="Paris, (\\"old\\")", days=[1, -2], near={"a": None}), add(a=1, exact=True)]'
+LLAMA_4 = "I look.\n<|python_start|>[get_weather(city='Rome')]<|python_end|>"
 
 TEXTS = [
     "Just words, with a < b and [brackets].",
@@ -40,6 +42,14 @@ TEXTS = [
     "[TOOL",
     '{"name": "add", "parameters": {"a": 1',
     "[1, 2]",
+    PYTHON,
+    LLAMA_4,
+    "<|python_tag|>add.call(a=1)",
+    "[add(a=1), add(b=x)]",
+    "[add(1, 2)] is how to add",
+    "[add",
+    "[add(a=1",
+    "[add(a=1)] and more",
 ]
 
 
@@ -99,10 +109,73 @@ def test_a_call_without_arguments_has_empty_ones() -> None:
     assert calls_in('<tool_call>{"name": "add"}</tool_call>') == [("add", {})]
 
 
+def test_python_of_llama_is_calls_of_known_tools() -> None:
+    assert calls_in(PYTHON) == [
+        ("get_weather", {"city": 'Paris, ("old")', "days": [1, -2], "near": {"a": None}}),
+        ("add", {"a": 1, "exact": True}),
+    ]
+    assert parse([LLAMA_4]) == ("I look.", [("get_weather", '{"city": "Rome"}')])
+    for text in (
+        "<|python_tag|>add.call(a=1)",
+        "<|python_tag|>[add(a=1)]",
+        " [ add ( a = 1 ) ] \n",
+        "[add(a=1)",
+    ):
+        assert calls_in(text) == [("add", {"a": 1})]
+    assert calls_in("[add()]") == [("add", {})]
+    parser = ToolCallParser(["get-weather.now"])
+    assert parser.feed("[get-weather.now(a=1)]") == [
+        CallStart(0, "get-weather.now"),
+        Arguments(0, '{"a": 1}'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("true", True), ("null", None), ("(1, 2)", [1, 2]), ("'a' 'b'", "ab"), ("-1.5e3", -1500.0),
+        (r"'it\'s \d+ \\ \u00e9 \t'", "it's \\d+ \\ é \t"), ("'two\nlines'", "two\nlines"), ("'{[('", "{[("),
+        ("{'a': {'b': [{}]}}", {"a": {"b": [{}]}}), ("'ü€😀'", "ü€😀"), ("0", 0),
+    ],
+)  # fmt: skip
+def test_pythons_literals_become_json(written: str, value: object) -> None:
+    assert calls_in(f"[add(a={written})]") == [("add", {"a": value})]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "1", "a=b", "a=f(1)", "a=1+1", "a=__import__('os')", "*x", "**{'a': 1}", "a=1, a=2", "a=1e999", "a=1j",
+        "a=b'x'", "a={1: 2}", "a={1}", "a=[x for x in y]", "a=lambda: 1", "a=...", "a=f'{x}'", "a=-'x'", "a=(b:=1)",
+        "a=" + "[" * 5000 + "]" * 5000, "a=" + "9" * 5000, "a='\0", "a=1)(b=2", "a 1",
+    ],
+)  # fmt: skip
+def test_python_that_is_no_literal_is_text_and_never_run(argument: str) -> None:
+    text = f"[add({argument})]"
+    if argument == "a=1)(b=2":
+        assert parse([text]) == ("(b=2)]", [("add", '{"a": 1}')])
+    else:
+        assert parse([text]) == (text, [])
+
+
+def test_python_calls_are_told_one_by_one_and_other_brackets_at_once() -> None:
+    parser = ToolCallParser(NAMES)
+    assert parser.feed("[add(a=") == []
+    assert parser.feed("1), get") == [CallStart(0, "add"), Arguments(0, '{"a": 1}')]
+    assert parser.feed("_weather()") == [CallStart(1, "get_weather"), Arguments(1, "{}")]
+    assert parser.feed("] So.") + parser.finish() == [Content("So.")]
+    assert ToolCallParser(NAMES).feed("[citation") == [Content("[citation")]
+    assert ToolCallParser(NAMES).feed("[adding(") == [Content("[adding(")]
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "no call",
+        "[add] up",
+        "[subtract(a=1)]",
+        "add(a=1)",
+        "<|python_start|>",
         '{"a": 1}',
         "[1, 2, 3]",
         "<tool_call>oops</tool_call>",
@@ -143,7 +216,7 @@ def test_however_the_text_is_cut_the_calls_are_the_same(text: str, data: st.Data
     assert parse(pieces) == parse([text]) == parse(list(text))
 
 
-@given(st.text(alphabet='<>[]{}",:|/ _abtTOLCAS', max_size=40))
+@given(st.text(alphabet='<>[]{}()=",:|/ _abdtTOLCAS', max_size=40))
 def test_no_text_is_lost_or_breaks_the_parser(text: str) -> None:
     content, calls = parse(list(text))
     if not calls:

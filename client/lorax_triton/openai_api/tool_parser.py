@@ -6,8 +6,10 @@
 | Mistral, older | `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]` |
 | Mistral, newer | `[TOOL_CALLS]name[ARGS]{...}`, with or without `[ARGS]`, one mark a call |
 | Llama 3 | the object alone, or after `<|python_tag|>`, with `parameters`; several with `;` between |
+| Llama 3.2, 4 | Python, `[get_weather(city="Paris"), ...]`, alone or after `<|python_tag|>` or `<|python_start|>` |
 
-A mark tells the format; only a bare object has to name a known tool to count. What turns out to be no call is text.
+A mark tells the format; only a bare object and Python have to name a known tool to count. What turns out to be no call
+is text.
 """
 
 from __future__ import annotations
@@ -17,13 +19,19 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from lorax_triton.openai_api.call_scanner import CallScanner
+from lorax_triton.openai_api.python_calls import ArgumentScanner, match_head, may_become_head
 
-HERMES, MISTRAL, PYTHON_TAG = "<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"
-_HERMES_END = "</tool_call>"
-_MARKS = (HERMES, MISTRAL, PYTHON_TAG)
+HERMES, MISTRAL, PYTHON_TAG, PYTHON_START = (
+    "<tool_call>",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "<|python_start|>",
+)
+_HERMES_END, _PYTHON_END = "</tool_call>", "<|python_end|>"
+_MARKS = (HERMES, MISTRAL, PYTHON_TAG, PYTHON_START)
 # Marks that some tokenizers hold as special tokens, whose texts are no part of an answer's text.
-MARK_TOKENS = frozenset({*_MARKS, _HERMES_END, "[ARGS]", "[CALL_ID]"})
-_BARE = ""
+MARK_TOKENS = frozenset({*_MARKS, _HERMES_END, _PYTHON_END, "[ARGS]", "[CALL_ID]"})
+_BARE, _PYTHON = "", "python"
 _MISTRAL_NAME = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?\s*(?=\{)")
 _MISTRAL_NAME_BEGUN = re.compile(r"\s*[\w.-]*(?:\[[A-Z_]*(?:\][\w-]*)?)*\s*")
 _LONGEST_NAME = 256
@@ -59,7 +67,7 @@ class ToolCallParser:
     """Turns text, fed in pieces of any size, into content and tool calls.
 
     Args:
-        names: the tools a bare object may call.
+        names: the tools that a bare object, or Python, may call.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -70,6 +78,8 @@ class ToolCallParser:
         self._format = _BARE
         self._listed = False
         self._scanner = CallScanner()
+        self._python = ArgumentScanner()
+        self._python_name = ""
         self._raw = ""  # what has been read of a call that may still turn out to be none
         self._started = False
         self.calls = 0
@@ -85,7 +95,7 @@ class ToolCallParser:
         """What is left at the end of the text."""
         if not self._started:
             self._show(self._raw + self._rest)
-        elif self._state == self._between_calls and not _HERMES_END.startswith(self._rest):
+        elif self._state == self._between_calls and not self._end_mark.startswith(self._rest):
             self._show(self._rest)
         self._rest = self._raw = ""
         return self._take()
@@ -106,8 +116,42 @@ class ToolCallParser:
                 return False
             if inner.startswith("{"):
                 return self._begin(_BARE, len(self._rest) - len(inner), listed=True)
+            begun = self._begin_python(inner, listed=True)
+            if begun is not None:
+                return begun
         self._state = self._in_text
         return True
+
+    def _begin_python(self, text: str, listed: bool) -> bool | None:
+        """Begin a call where `text`, the end of what is left, begins with one, or wait for more; None if neither."""
+        head = match_head(text, self._names)
+        if head is None:
+            return False if may_become_head(text, self._names) else None
+        self._python_name, length = head
+        self._python = ArgumentScanner()
+        self._begin(_PYTHON, len(self._rest) - len(text) + length, listed)
+        self._state = self._in_python_call
+        return True
+
+    def _in_python_call(self) -> bool:
+        used = self._python.feed(self._rest)
+        self._raw += self._rest[:used]
+        self._rest = self._rest[used:]
+        if not self._python.done:
+            return False
+        arguments = self._python.arguments()
+        if arguments is None:
+            return self._no_call()
+        self._started = True
+        self._raw = ""
+        self._deltas += [CallStart(self.calls, self._python_name), Arguments(self.calls, arguments)]
+        self.calls += 1
+        self._state = self._between_calls
+        return True
+
+    @property
+    def _end_mark(self) -> str:
+        return _PYTHON_END if self._format == _PYTHON else _HERMES_END
 
     def _in_text(self) -> bool:
         found = min(
@@ -147,6 +191,12 @@ class ToolCallParser:
                 return self._begin(self._format, named.end(), listed=False, name=named[1])
             if len(self._rest) <= _LONGEST_NAME and _MISTRAL_NAME_BEGUN.fullmatch(self._rest):
                 return False
+        if self._format in (PYTHON_TAG, PYTHON_START):
+            listed = text.startswith("[")
+            inner = text[1:].lstrip() if listed else text
+            begun = self._begin_python(inner, listed)
+            if begun is not None:
+                return begun
         return self._no_call()
 
     def _begin(self, kind: str, skip: int, listed: bool, name: str | None = None) -> bool:
@@ -210,12 +260,15 @@ class ToolCallParser:
             self._rest = text[1:]
             self._listed = False
             return True
-        if self._format == HERMES:
-            if text.startswith(_HERMES_END):
-                self._rest = text[len(_HERMES_END) :]
+        if self._format in (HERMES, _PYTHON):
+            if text.startswith(self._end_mark):
+                self._rest = text[len(self._end_mark) :]
                 return True
-            if _HERMES_END.startswith(text):
+            if self._end_mark.startswith(text):
                 return False
+            begun = self._begin_python(text, self._listed) if self._format == _PYTHON else None
+            if begun is not None:
+                return begun
         elif text.startswith("{"):
             return self._begin(self._format, 0, self._listed)
         if any(mark.startswith(text) and mark != text for mark in _MARKS):

@@ -81,7 +81,12 @@ def read_tools(fields: Fields) -> Tools:
                 "tool_choice",
             )
         return Tools()
-    choice, names = _read_choice(fields.values.get("tool_choice"), names)
+    value = fields.values.get("tool_choice")
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        choice, names = _read_allowed(value, names)
+        definitions = [tool for tool in definitions if tool["function"]["name"] in names]
+    else:
+        choice, names = _read_choice(value, names)
     prompt = fields.text("tool_prompt")
     return Tools(
         definitions,
@@ -122,11 +127,12 @@ def _read_choice(value: Any, names: tuple[str, ...]) -> tuple[str, tuple[str, ..
     name = value
     if isinstance(value, dict):
         choice = Fields(value, "tool_choice.")
-        if choice.text("type", "function") == "allowed_tools":
+        kind = choice.text("type", "function")
+        if kind != "function":
             raise ApiError(
-                "Unsupported value: 'tool_choice.type' 'allowed_tools' is not supported; send only those tools.",
+                f"Invalid value: '{kind}'. Supported values are: 'function' and 'allowed_tools'.",
                 "tool_choice.type",
-                "unsupported_value",
+                "invalid_value",
             )
         function = choice.object("function")
         name = Fields(function or {}, "tool_choice.function.").required_text("name")
@@ -141,6 +147,46 @@ def _read_choice(value: Any, names: tuple[str, ...]) -> tuple[str, tuple[str, ..
             "invalid_value",
         )
     return "named", (name,)
+
+
+def _read_allowed(value: dict[str, Any], names: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The mode and the names of `allowed_tools`. The model is told of these tools alone."""
+    param = "tool_choice.allowed_tools"
+    allowed = Fields(value, "tool_choice.").object("allowed_tools")
+    if allowed is None:
+        raise missing(param)
+    parts = Fields(allowed, f"{param}.")
+    mode = parts.required_text("mode")
+    if mode not in ("auto", "required"):
+        raise ApiError(
+            f"Invalid value: '{mode}'. Supported values are: 'auto' and 'required'.",
+            f"{param}.mode",
+            "invalid_value",
+        )
+    chosen = [_allowed_name(tool, f"{param}.tools[{i}]") for i, tool in enumerate(parts.items("tools") or [])]
+    if not chosen:
+        raise ApiError(
+            f"Invalid '{param}.tools': name at least one of 'tools'.", f"{param}.tools", "invalid_value"
+        )
+    for i, name in enumerate(chosen):
+        if name not in names:
+            raise ApiError(
+                f"Invalid value for '{param}.tools[{i}]': '{name}' is not one of 'tools'.",
+                f"{param}.tools[{i}]",
+                "invalid_value",
+            )
+    return mode, tuple(name for name in names if name in chosen)
+
+
+def _allowed_name(value: Any, param: str) -> str:
+    """The name in `{"type": "function", "function": {"name": ...}}`, or without the inner object, as in OpenAI's
+    other API."""
+    if not isinstance(value, dict):
+        raise wrong_type(param, "an object", value)
+    function = Fields(value, f"{param}.").object("function")
+    if function is None:
+        return Fields(value, f"{param}.").required_text("name")
+    return Fields(function, f"{param}.function.").required_text("name")
 
 
 def new_call_id() -> str:
