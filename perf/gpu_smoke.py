@@ -17,6 +17,7 @@ import cProfile
 import gc
 import json
 import math
+import os
 import pstats
 import sys
 import time
@@ -36,6 +37,7 @@ from lorax_backend.config import ServerConfig
 from lorax_backend.model.runner import TorchModelRunner
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_backend.types import SamplingParams
+from lorax_kernels.tuning import OVERRIDE as LORA_OVERRIDE
 
 
 def synchronize() -> None:
@@ -222,7 +224,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         f"start {engine.start_seconds:.1f} s, {info.num_blocks} blocks, graphs {info.cuda_graph_batch_sizes}",
         flush=True,
     )
-    slots = engine.add_adapters([16] * 128)
+    slots = engine.add_adapters([16] * max(8, *args.streams))
     vocab, rng = SHAPES[args.shape]["vocab_size"], np.random.default_rng(1)
     decode, prefill = [], []
     for count in args.streams:
@@ -247,16 +249,16 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     for count in (8,):
         for kind in ("base", "all distinct"):
             adapters = [-1] * count if kind == "base" else slots[:count]
-            prompts = rng.integers(10, vocab, (count, 2048)).tolist()
+            prompts = rng.integers(10, vocab, (count, args.long_prompt)).tolist()
             engine.prefill(engine.start(prompts, adapters, 2))
             sequences = engine.start(prompts, adapters, 2)
             synchronize()
             started = time.perf_counter()
             engine.prefill(sequences)
             synchronize()
-            rate = count * 2048 / (time.perf_counter() - started)
+            rate = count * args.long_prompt / (time.perf_counter() - started)
             prefill.append({"streams": count, "adapters": kind, "tokens_s": rate})
-            print(f"prefill {count} x 2048 {kind:<13} {rate:,.0f} tokens/s", flush=True)
+            print(f"prefill {count} x {args.long_prompt} {kind:<13} {rate:,.0f} tokens/s", flush=True)
     first = [
         first_token(engine, kind, slot, vocab, args.profile)
         for kind, slot in (("base", -1), ("adapter", slots[0]))
@@ -319,12 +321,18 @@ def main() -> None:
     parser.add_argument("--shape", default="llama3-8b", choices=list(SHAPES))
     parser.add_argument("--streams", type=ints, default=[1, 8, 32, 64, 128])
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--long-prompt", type=int, default=2048)
     parser.add_argument("--check-streams", type=int, default=12)
     parser.add_argument("--check-tokens", type=int, default=24)
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--lora", help='fields of the LoRA kernels\' configuration as JSON, such as {"shrink": "fused"}'
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
     args = parser.parse_args()
+    if args.lora:
+        os.environ[LORA_OVERRIDE] = args.lora
     args.out.mkdir(parents=True, exist_ok=True)
     path = write_model(Path("/tmp") / f"random-{args.shape}", args.shape)
     report: dict[str, Any] = {"environment": environment(), "shape": args.shape,

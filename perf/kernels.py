@@ -3,6 +3,7 @@
 
     python perf/kernels.py                    # LoRA in situ against the byte floor, and attention
     python perf/kernels.py --tune             # search block sizes first and write kernels/lorax_kernels/tuned/
+    python perf/kernels.py --shrink both      # LoRA with shrink as a launch of its own, and riding in the one before
     python perf/kernels.py --smoke            # a few seconds, tiny shapes: does everything run?
 
 In situ is what a layer pays: the time of its base products with LoRA minus the time without, both as replays of CUDA
@@ -47,6 +48,7 @@ from kernels_lora import (
     Row,
     tune,
 )
+from kernels_riding import FLAT_EXPAND_CHOICES, NODES, RIDE_CHOICES, RIDE_MODE_CHOICES
 from kernels_timing import measured_floors
 from table_text import text_of
 
@@ -90,12 +92,19 @@ def warm(model: str, share: str, tuning: bool) -> None:
             decode += [
                 replace(DEFAULT, pdl=p, **c) for c in SHRINK_CHOICES + EXPAND_CHOICES for p in (False, True)
             ]
+            decode += [
+                replace(DEFAULT, shrink="fused", pdl=p, **c)
+                for c in RIDE_CHOICES + FLAT_EXPAND_CHOICES
+                for p in (False, True)
+            ]
             prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
+        else:
+            decode += [replace(config, shrink="fused") for config in decode]
         work += [(name, site, Row(2, 2, 16), c) for c in decode] + [
             (name, site, Row(300, 2, 16), c) for c in prefill
         ]
-    for _, site, row, config in work[part::jobs]:
-        Case(row, site, 1).check(config)
+    for name, site, row, config in work[part::jobs]:
+        Case(row, site, 1, node=NODES.get(name) if row.tokens <= 256 else None).check(config)
     if tuning:
         bench = AttentionBench(1)
         choices = [(ATTENTION_PREFILL_CHOICES, (1, 64, 128))]
@@ -117,6 +126,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=0, help="compile first in this many processes")
     parser.add_argument("--no-attention", action="store_true")
     parser.add_argument(
+        "--shrink",
+        default="table",
+        choices=["table", "separate", "fused", "both"],
+        help="as the table of block sizes says, or one way or both whatever it says",
+    )
+    parser.add_argument(
         "--unchecked", action="store_true", help="measure although the kernels' tests did not pass"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
@@ -132,13 +147,22 @@ def main() -> None:
     floors = measured_floors()
     print({k: round(v) for k, v in floors.items()}, flush=True)
     log: list[dict[str, Any]] = []
-    lora = measure_lora(args, floors, log)
+    bench = Bench(args.model, args.rep)
+    rows = [Row(1, 1), Row(4, 2), Row(300, 2)] if args.smoke else ROWS
+    found = search_lora(bench, rows, log) if args.tune else {}
+    if found:
+        write_table(args.out, "lora", found)
+    forms = ["separate", "fused"] if args.shrink == "both" else [args.shrink]
+    lora_forms = {form: measure_lora(bench, rows, found, form, floors) for form in forms}
+    lora = lora_forms[forms[0]]
     attention = [] if args.no_attention else measure_attention(args, log)
     report = {"environment": environment(), "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
               "model": args.model, "kernel_tests": tests, "unchecked": tests is None, "floors": floors, "lora": lora,
-              "attention": attention, "tuning": log}  # fmt: skip
+              "attention": attention, "tuning": log, "lora_forms": lora_forms}  # fmt: skip
     (args.out / f"kernels-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_sites(lora)
+    for form, results in lora_forms.items():
+        print(f"\nshrink: {form}")
+        print_sites(results)
     print(f"\n{text_of(report)}", flush=True)
     if tests is None:
         print(_UNCHECKED, flush=True)
@@ -164,18 +188,15 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
 
 
 def measure_lora(
-    args: argparse.Namespace, floors: dict[str, float], log: list[dict[str, Any]]
+    bench: Bench, rows: list[Row], found: dict[int, LoraConfig], form: str, floors: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Every row in situ, with the tables of the package or, after a search, with what it found."""
-    bench = Bench(args.model, args.rep)
-    rows = [Row(1, 1), Row(4, 2), Row(300, 2)] if args.smoke else ROWS
-    found = search_lora(bench, rows, log) if args.tune else {}
-    if found:
-        write_table(args.out, "lora", found)
+    """Every row in situ, with the tables of the package or, after a search, with what it found; `form` is of shrink."""
     results = []
     for row in rows:
         fitting = [size for size in found if size >= row.tokens]
         config = found[min(fitting)] if fitting else lora_config(row.tokens, row.tokens <= 256, 0)
+        if form != "table":
+            config = replace(config, shrink=form)
         sites = {name: bench.site_us(row, name, config) for name in bench.shapes}
         alone = {name: bench.alone_us(row, name, config) for name in bench.shapes}
         cases = [bench.case(row, name) for name in bench.shapes]
@@ -201,10 +222,17 @@ def search_lora(bench: Bench, rows: list[Row], log: list[dict[str, Any]]) -> dic
     for tokens, size in ((1, 1), (32, 32), (128, 256)):
         print("tuning", tokens, "tokens", flush=True)
         listed = [row for row in rows if row.tokens == tokens]
-        found[size] = tune(bench, listed, start, [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES], log)
+        separate = tune(bench, listed, start, [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES], log)
+        # The site whose shrink cannot ride keeps what was found for it.
+        start_fused = replace(separate[1], shrink="fused")
+        stages = [RIDE_CHOICES, [{}, *FLAT_EXPAND_CHOICES], RIDE_MODE_CHOICES]
+        found[size] = min(separate, tune(bench, listed, start_fused, stages, log), key=lambda pair: pair[0])[
+            1
+        ]
     print("tuning prefill", flush=True)
     stages = [PREFILL_SHRINK_CHOICES, PREFILL_EXPAND_CHOICES, MODE_CHOICES[::3] + MODE_CHOICES[2:3]]
-    found[16384] = tune(bench, [row for row in rows if row.tokens > 256], found[256], stages, log)
+    prefill_rows = [row for row in rows if row.tokens > 256]
+    found[16384] = tune(bench, prefill_rows, found[256], stages, log)[1]
     return found
 
 
