@@ -10,7 +10,7 @@
 The engine is a process of its own with scheduler, adapters and model runner, fed over pipes, as the server runs it.
 Tokens are stamped when they reach this process. The sweep sends requests for adapters drawn evenly from all that are
 registered, always 128 at once, with an arena that holds about 128 and a host tier that holds fewer than the most: the
-worst traffic for a cache. It exits with 1 if a step down in tokens/s is a cliff, below half of the one before.
+worst traffic for a cache. It exits with 3 if a step down in tokens/s is a cliff, below half of the one before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 from engine_alone import EngineAlone, EngineFailedError, first_error
 from environment import environment
 from gpu_models import SHAPES, host_bytes, write_adapters, write_model
-from peers import KINDS, SWEEP_CLIFF, SWEEP_REGISTERED, SWEEP_STREAMS
+from peers import GOAL_MISSED, KINDS, SWEEP_CLIFF, SWEEP_REGISTERED, SWEEP_STREAMS
 from records import Record, Request, finished, steady_window, summarize, token_gaps_ms
 from step_recorder import step_times_ms
 from stream_stats import percentile
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{text_of(result)}\n\nkept in {path}", flush=True)
     for failure in result.get("failures", []):
         print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if result.get("failures") else 0
+    return GOAL_MISSED if result.get("failures") else 0
 
 
 if __name__ == "__main__":

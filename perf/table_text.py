@@ -147,7 +147,7 @@ def served_table(result: dict[str, Any]) -> Table:
     header = ["measure", "engine alone", "through the server", "difference", "goal", "goal reached"]
     rows = [
         [row["measure"], number(row["alone"]), number(row["served"]), row["difference"], row["goal"],
-         {True: "reached", False: "missed", None: ""}[row["reached"]]]
+         {True: "reached", False: "missed", None: "not measured" if row["goal"] else ""}[row["reached"]]]
         for row in result["verdicts"]
     ]  # fmt: skip
     return Table(f"Through the server, {result['shape']}, {result['streams']} streams", header, rows)
