@@ -129,6 +129,7 @@ class EngineInfo:
     cuda_graph_batch_sizes: tuple[int, ...] = ()
     prefill_attention: str = ""
     """Attention of prompts that begin in a step, and why it was chosen; empty where nothing was told."""
+    prefill_graph_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from lorax_backend.adapters.checkpoint import load_adapter
 from lorax_backend.config import ServerConfig
 from lorax_backend.model.lora import lora_targets
+from lorax_backend.model.recorder import GraphRecorder
 from lorax_backend.model.runner import TorchModelRunner
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence, StepResult
 from lorax_backend.types import SamplingParams
@@ -22,9 +23,17 @@ GREEDY = SamplingParams(max_new_tokens=1000)
 class ModelDriver:
     """A runner with the smallest possible stand-in for scheduler and adapter manager."""
 
-    def __init__(self, model_path: Path, seed: int = 0, **options: object) -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        seed: int = 0,
+        recorder: GraphRecorder | None = None,
+        progress: Callable[[str], None] | None = None,
+        **options: object,
+    ) -> None:
         settings = {"num_blocks": 256, "max_batch_size": 32, "adapter_pages": 48, "device": "cpu"} | options
-        self.runner = TorchModelRunner(ServerConfig(model_id=str(model_path), **settings), model_path)
+        config = ServerConfig(model_id=str(model_path), **settings)
+        self.runner = TorchModelRunner(config, model_path, progress, recorder)
         self.block_size = self.runner.info(0.0).block_size
         self._free_blocks = list(range(self.runner.num_blocks))
         random.Random(seed).shuffle(self._free_blocks)  # neighbours in a sequence are strangers in the cache

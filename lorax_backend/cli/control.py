@@ -90,6 +90,8 @@ def info_rows(info: dict[str, Any], adapter_slots: int | None = None) -> list[Ro
     graphs = info.get("cuda_graph_batch_sizes") or ()
     if graphs:
         rows.append(("CUDA graphs", f"batch sizes {', '.join(map(str, graphs))}"))
+    if prefills := info.get("prefill_graph_tokens"):
+        rows.append(("prefill graphs", f"steps of up to {', '.join(map(str, prefills))} tokens"))
     return rows
 
 

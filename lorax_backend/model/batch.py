@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +53,17 @@ class StepArrays:
     @property
     def num_tokens(self) -> int:
         return int(self.ids.size)
+
+    @property
+    def num_decodes(self) -> int:
+        """The leading sequences that have one row each."""
+        return int(np.count_nonzero(np.diff(self.query_start) == 1))
+
+    def prefills(self) -> Iterator[tuple[int, int, int, int]]:
+        """(sequence, first row, rows, context length) of every other sequence."""
+        starts, contexts = self.query_start.tolist(), self.contexts.tolist()
+        for i in range(self.num_decodes, len(contexts)):
+            yield i, starts[i], starts[i + 1] - starts[i], contexts[i]
 
     @property
     def token_adapters(self) -> IntArray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import torch
 from lorax_backend.model.batch import BatchBuilder
 from lorax_backend.model.decoder import Decoder, LoraBatches
 from lorax_backend.model.kv_cache import KvCache
+from lorax_backend.model.recorder import GraphRecorder, Recorded
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence
 from lorax_kernels import PAGE_RANK, AttentionBatch, LoraBatch, WorkBuffer
 
@@ -31,13 +31,6 @@ def graph_sizes(max_num_seqs: int, limit: int = 256) -> tuple[int, ...]:
     largest = min(max_num_seqs, limit)
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, limit + 1, 32)]
     return tuple(sorted({size for size in sizes if size < largest} | {largest}))
-
-
-@dataclass(slots=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    hidden: torch.Tensor
-    logits: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -92,6 +85,7 @@ class DecodeGraphs:
         builder: supplies block tables and adapter tables.
         last_token: int64 [slots] on the device, the token drawn last for each slot.
         sizes: padded batch sizes, see `graph_sizes`.
+        recorder: makes the graphs.
         report: told of the progress.
     """
 
@@ -102,6 +96,7 @@ class DecodeGraphs:
         builder: BatchBuilder,
         last_token: torch.Tensor,
         sizes: Sequence[int],
+        recorder: GraphRecorder,
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.sizes = tuple(sorted(sizes))
@@ -109,15 +104,12 @@ class DecodeGraphs:
         self._inputs = _Inputs(self.sizes[-1], builder.max_blocks, builder.device)
         max_pages = builder.arena.max_pages_per_slot
         self._work = {size: WorkBuffer(size, max_pages, builder.device, _COPIES) for size in self.sizes}
-        self._graphs: dict[tuple[int, bool], _Captured] = {}
+        self._graphs: dict[tuple[int, bool], Recorded] = {}
         self._warm_up_prefill()
-        pool: Any = None
         for done, size in enumerate(reversed(self.sizes)):
             report(f"capturing decode graphs, {done + 1} of {len(self.sizes)}")
             for with_lora in (True, False):
-                captured = self._capture(size, with_lora, pool)
-                pool = captured.graph.pool()
-                self._graphs[size, with_lora] = captured
+                self._graphs[size, with_lora] = self._record(size, with_lora, recorder)
 
     def accepts(self, batch: ScheduledBatch) -> bool:
         """True if every sequence decodes one token, and there are not too many."""
@@ -143,10 +135,11 @@ class DecodeGraphs:
         with_lora = bool((adapter_slots >= 0).any())
         if with_lora:
             self._list_work(adapter_slots, size)
-        captured = self._graphs[size, with_lora]
-        captured.graph.replay()
+        recorded = self._graphs[size, with_lora]
+        recorded.replay()
+        hidden, logits = recorded.outputs
         slots = self._inputs.part(self._inputs.data, 5, count)
-        return captured.hidden[:count], captured.logits[:count], slots
+        return hidden[:count], logits[:count], slots
 
     def _send(self, items: list[ScheduledSequence], size: int) -> None:
         builder, inputs, count = self._builder, self._inputs, len(items)
@@ -184,7 +177,7 @@ class DecodeGraphs:
         assert batch is not None
         return batch
 
-    def _capture(self, size: int, with_lora: bool, pool: Any) -> _Captured:
+    def _record(self, size: int, with_lora: bool, recorder: GraphRecorder) -> Recorded:
         data, inputs = self._inputs.data, self._inputs
         self._send_nothing(size)
         lora = (
@@ -213,12 +206,7 @@ class DecodeGraphs:
             hidden = self._decoder.forward(ids, inputs.part(data, 2, size), attention, lora, self._cache)
             return hidden, self._decoder.logits(hidden, None)
 
-        forward()  # compiles kernels and sizes workspaces, neither of which a capture may do
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            hidden, logits = forward()
-        return _Captured(graph, hidden, logits)
+        return recorder.record(forward)
 
     def _send_nothing(self, size: int) -> None:
         host = self._inputs.next_host()

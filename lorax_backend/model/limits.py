@@ -105,12 +105,14 @@ def plan_cpu_blocks(config: ServerConfig, bytes_a_block: int) -> int:
 @dataclass(frozen=True, slots=True)
 class CudaMemory:
     """Bytes of one GPU after weights and adapters are loaded. `free` and `total` are the driver's; `peak` is what the
-    largest step took beyond the tensors that stay; `table` what penalties may take later."""
+    largest step took beyond the tensors that stay; `table` what penalties may take later; `graphs` what recordings of
+    prefill steps will."""
 
     free: int
     total: int
     peak: int
     table: int
+    graphs: int = 0
 
 
 def plan_cuda_blocks(config: ServerConfig, memory: CudaMemory, bytes_a_block: int) -> int:
@@ -125,6 +127,7 @@ def plan_cuda_blocks(config: ServerConfig, memory: CudaMemory, bytes_a_block: in
         - used
         - memory.peak
         - memory.table
+        - memory.graphs
         - _CUDA_RESERVE_BYTES
     )
     fitting = left // bytes_a_block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from lorax_backend.model.limits import (
     resolve_limits,
 )
 from lorax_backend.model.lora import page_layout
+from lorax_backend.model.prefill_graphs import PrefillGraphs, prefill_graph_bytes, prefill_graph_sizes
 from lorax_backend.model.prompt_scores import PromptScorer
+from lorax_backend.model.recorder import CudaGraphRecorder, GraphRecorder
 from lorax_backend.model.sampler import sample
 from lorax_backend.model.sampling_plan import SamplingPlanner
 from lorax_backend.model.step import PendingStep
@@ -35,6 +38,7 @@ from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, 
 from lorax_backend.types import EngineInfo, SamplingParams
 from lorax_kernels.layout import PAGE_RANK
 
+log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 
 
@@ -45,10 +49,17 @@ class TorchModelRunner:
     thread. Attributes: model_config, layout, arena, num_blocks, dtype, device, limits.
     """
 
-    def __init__(self, config: ServerConfig, model_path: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        model_path: Path,
+        progress: Progress | None = None,
+        recorder: GraphRecorder | None = None,
+    ) -> None:
         """Load the model and reserve all memory it will use.
 
         Args:
+            recorder: makes graphs of steps; by default CUDA's, on CUDA if `cuda_graphs` says so, else none.
             progress: told what is being done, in words, a few times a second at most.
 
         Raises:
@@ -62,6 +73,10 @@ class TorchModelRunner:
         self.dtype = _pick_dtype(config.dtype, self.model_config, self.device)
         _check_backends(config, self.device)
         on_cuda = self.device.type == "cuda"
+        self._prefill_sizes = prefill_graph_sizes(config.prefill_graph_tokens)
+        self._recorder = recorder or (
+            CudaGraphRecorder(self.device) if on_cuda and config.cuda_graphs else None
+        )
         self.limits = resolve_limits(config, self.model_config, on_cuda)
         self.layout = page_layout(self.model_config)
         try:
@@ -104,8 +119,9 @@ class TorchModelRunner:
         # Sampling has as many rows of logits, so the memory for them is there.
         self._scorer = PromptScorer(self._head, self.limits.max_num_seqs, self._builder.upload)
         self._graphs: DecodeGraphs | None = None
-        if on_cuda and config.cuda_graphs:
-            self._graphs = self._capture(report)
+        self._prefill_graphs: PrefillGraphs | None = None
+        if self._recorder is not None:
+            self._capture(self._recorder, report)
 
     @property
     def num_blocks(self) -> int:
@@ -118,7 +134,10 @@ class TorchModelRunner:
         self._scorer.forget(batch.finished_slots)
         if self._graphs is not None and self._graphs.accepts(batch):
             return self._replay(batch.sequences, self._graphs)
-        return self._step(self._builder.arrays(batch), self._cache)
+        step = self._builder.arrays(batch)
+        if self._prefill_graphs is not None and self._prefill_graphs.accepts(step):
+            return self._finish(self._builder.outputs(step), self._prefill_graphs.replay(step))
+        return self._step(step, self._cache)
 
     def info(self, load_seconds: float) -> EngineInfo:
         """Facts about this runner; `load_seconds` is what the caller measured."""
@@ -146,12 +165,15 @@ class TorchModelRunner:
             adapter_arena_bytes=self.arena.nbytes,
             cuda_graph_batch_sizes=self._graphs.sizes if self._graphs is not None else (),
             prefill_attention=self._fresh.description,
+            prefill_graph_tokens=self._prefill_graphs.sizes if self._prefill_graphs is not None else (),
         )
 
     def close(self) -> None:
         """Free the device memory; the runner cannot be used afterwards."""
         for name in (
             "_graphs",
+            "_prefill_graphs",
+            "_recorder",
             "weights",
             "arena",
             "decoder",
@@ -209,9 +231,18 @@ class TorchModelRunner:
         return self._draw(logits, outputs.sampled, outputs.sampled_slots, scores)
 
     @torch.inference_mode()
-    def _capture(self, report: Progress) -> DecodeGraphs:
+    def _capture(self, recorder: GraphRecorder, report: Progress) -> None:
+        parts = self.decoder, self._cache, self._builder, self._last_token
         sizes = graph_sizes(self.limits.max_num_seqs)
-        return DecodeGraphs(self.decoder, self._cache, self._builder, self._last_token, sizes, report)
+        self._graphs = DecodeGraphs(*parts, sizes, recorder, report)
+        if not self._prefill_sizes:
+            return
+        try:
+            self._prefill_graphs = PrefillGraphs(*parts, self._prefill_sizes, recorder, report)
+        except RuntimeError as error:
+            # Decoding has its graphs, and steps with prompts run without: slower to start an answer, but right.
+            log.exception("prefill_graph_tokens %d: no graphs", self._prefill_sizes[-1])
+            report(f"prefill graphs are OFF, capturing them failed: {error}")
 
     def _replay(self, items: list[ScheduledSequence], graphs: DecodeGraphs) -> PendingStep:
         hidden, logits, slots = graphs.replay(items)
@@ -283,7 +314,13 @@ class TorchModelRunner:
         del cache
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        return CudaMemory(free, total, peak, self._planner.table_bytes)
+        graphs = prefill_graph_bytes(
+            self.model_config,
+            self._config.prefill_graph_tokens,
+            self.dtype.itemsize,
+            self.arena.max_pages_per_slot,
+        )
+        return CudaMemory(free, total, peak, self._planner.table_bytes, graphs if self._recorder else 0)
 
 
 def _largest_batch(limits: Limits, block_size: int) -> ScheduledBatch:
@@ -320,6 +357,11 @@ def _pick_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dt
 
 
 def _check_backends(config: ServerConfig, device: torch.device) -> None:
+    if config.prefill_graph_tokens and not config.cuda_graphs:
+        raise ValueError(
+            f"prefill_graph_tokens is {config.prefill_graph_tokens}, but cuda_graphs is off; turn that on, or set "
+            "prefill_graph_tokens to 0"
+        )
     native = "triton" if device.type == "cuda" else "torch"
     fresh = (
         ("torch_varlen", "flash_attn") if device.type == "cuda" else ()

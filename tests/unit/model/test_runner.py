@@ -182,6 +182,12 @@ def test_the_engine_is_told_what_was_made_of_the_configuration(driver: ModelDriv
     ("options", "word"),
     [
         ({"attention": "triton"}, "attention"),
+        ({"attention": "torch_varlen"}, "attention"),
+        ({"prefill_graph_tokens": 1000}, "prefill_graph_tokens"),
+        (
+            {"prefill_graph_tokens": 64, "cuda_graphs": False},
+            "prefill_graph_tokens is 64, but cuda_graphs is off",
+        ),
         ({"lora_kernels": "triton"}, "lora_kernels"),
         ({"block_size": 0}, "block_size"),
     ],
