@@ -121,8 +121,9 @@ def measure(sides: dict[str, Side], work: Work, args: argparse.Namespace) -> dic
             for name in order:
                 row = stream_row(sides[name], work.streams(kind, 100 * (turn + 1)), args.prompt)
                 rounds.append({"side": name, "adapters": kind, "round": turn, **row})
-                print(f"{name:<7}{kind:<9}{number(row['steady_tok_s'], 0):>10} tok/s  step {number(row['step_mean'])} ms"
-                      f" (p99 {number(row['step_p99'])})", flush=True)  # fmt: skip
+                step = f"{number(row['step_mean'])} ms (p99 {number(row['step_p99'])})"
+                rate = number(row["steady_tok_s"], 0)
+                print(f"{name:<7}{kind:<9}{rate:>10} tok/s  step {step}", flush=True)
         for name in order:
             records = sides[name].checked(work.newcomers(9000 * (turn + 1)))
             first[name]["newcomer"] += [record.first_token_ms for record in records[-args.probes :]]
@@ -148,8 +149,10 @@ def verdicts(measured: dict[str, Any], goals: ServedGoals = SERVED) -> list[dict
         known = limit is not None and share == share
         reached = (share >= limit if at_least else share <= limit) if known else None
         goal = "" if limit is None else f"{'at least' if at_least else 'at most'} {limit:.0%}"
-        rows.append({"measure": f"{label}, {kind}", "alone": alone, "served": served, "difference": f"{share:.1%}" if share == share else "-",
-                     "goal": goal, "reached": reached})  # fmt: skip
+        rows.append({
+            "measure": f"{label}, {kind}", "alone": alone, "served": served,
+            "difference": f"{share:.1%}" if share == share else "-", "goal": goal, "reached": reached,
+        })  # fmt: skip
 
     for kind in sorted({row["adapters"] for row in measured["rounds"]}, reverse=True):
         ratio(kind, "steady_tok_s", "tokens/s", goals.tokens_share, at_least=True)
