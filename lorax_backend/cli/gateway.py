@@ -7,6 +7,7 @@ import importlib.util
 import os
 from typing import Any
 
+from lorax_backend.cli.connection import add_tls_flags, check_tls_flags
 from lorax_backend.gateway.config import (
     ADMIN_KEYS_VARIABLE,
     BACKEND_ADMIN_KEY_VARIABLE,
@@ -15,6 +16,7 @@ from lorax_backend.gateway.config import (
     USER_KEYS_VARIABLE,
     CorsOptions,
     GatewayConfig,
+    TlsOptions,
     read_keys,
 )
 
@@ -123,8 +125,10 @@ def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
         type=_texts,
         action="append",
         metavar="HOST:PORT",
-        help="Triton's gRPC address; several, separated by commas or repeated, share the adapters [localhost:8001]",
+        help="Triton's gRPC address, grpcs://HOST:PORT with TLS; several, separated by commas or repeated, share the "
+        "adapters [localhost:8001]",
     )
+    add_tls_flags(parser, "triton-")
     add(
         "--metrics-url",
         type=_texts,
@@ -188,10 +192,12 @@ def run_gateway(arguments: argparse.Namespace) -> int:
     check_libraries()
     if not 0 <= arguments.port <= 65535:
         raise GatewayUsageError(f"--port {arguments.port}: is not a port (1 to 65535)")
+    triton_urls = _flat(arguments.triton_url, GatewayConfig().triton_urls)
     try:
         config = read_gateway_config(
             arguments,
-            triton_urls=_flat(arguments.triton_url, GatewayConfig().triton_urls),
+            triton_urls=triton_urls,
+            tls=TlsOptions(**check_tls_flags(arguments, triton_urls, "triton-")),
             metrics_urls=_flat(arguments.metrics_url, ()),
             host=arguments.hostname,
             port=arguments.port,

@@ -37,11 +37,23 @@ class CorsOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """Encryption towards Triton; files in PEM. None: the usual authorities, no certificate of the gateway's own, the
+    address's host name."""
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    server_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayConfig:
     """How a gateway serves. Times are in seconds.
 
     Attributes:
-        triton_urls: gRPC addresses of the Triton servers, host:port each, at least one.
+        triton_urls: gRPC addresses of the Triton servers, host:port each, at least one; grpcs://host:port with TLS.
+        tls: for those with TLS.
         metrics_urls: where each server's Prometheus page is, in the same order; empty: port 8002 of each host.
         host: address to listen on.
         port: TCP port to listen on.
@@ -77,6 +89,7 @@ class GatewayConfig:
     drain_timeout: float = 90.0
     health_interval: float = 2.0
     max_idle_connections: int = 1024
+    tls: TlsOptions = TlsOptions()
     cors: CorsOptions = CorsOptions()
     access_log: bool = False
 
@@ -116,7 +129,8 @@ class GatewayConfig:
         """Undo `to_json`."""
         values: dict[str, Any] = json.loads(text)
         cors: dict[str, Any] = values.pop("cors")
-        return cls(**_tuples(values), cors=CorsOptions(**_tuples(cors)))
+        tls = TlsOptions(**values.pop("tls"))
+        return cls(**_tuples(values), cors=CorsOptions(**_tuples(cors)), tls=tls)
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

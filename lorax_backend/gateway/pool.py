@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorax_backend.gateway.config import GatewayConfig
+from lorax_backend.gateway.config import GatewayConfig, TlsOptions
 from lorax_backend.gateway.counters import Counters
 from lorax_backend.gateway.rendezvous import ranking
 from lorax_triton._channel import ChannelConfig, Tls, parse_base_url
@@ -97,7 +97,8 @@ class Pool:
         # With one server there is nowhere else to go, so its connection is made anew instead.
         retries = 2 if len(config.triton_urls) == 1 else 0
         self.endpoints = [
-            Endpoint(url, (transports or {}).get(url) or _connect(url, retries)) for url in config.triton_urls
+            Endpoint(url, (transports or {}).get(url) or _connect(url, retries, config.tls))
+            for url in config.triton_urls
         ]
         self._watchers: list[asyncio.Task[None]] = []
         self._ending: set[asyncio.Task[None]] = set()
@@ -272,7 +273,9 @@ class Answer:
         return response
 
 
-def _connect(url: str, retries: int) -> AsyncTransport:
-    target, tls = parse_base_url(url)
-    config = ChannelConfig(target, Tls() if tls else None, connect_timeout=3.0, max_session_retries=retries)
-    return AsyncGrpcTransport(config)
+def _connect(url: str, retries: int, tls: TlsOptions) -> AsyncTransport:
+    target, encrypted = parse_base_url(url)
+    secrets = Tls(tls.ca_file, tls.key_file, tls.cert_file, tls.server_name) if encrypted else None
+    return AsyncGrpcTransport(
+        ChannelConfig(target, secrets, connect_timeout=3.0, max_session_retries=retries)
+    )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from fake_triton_server import FakeTriton, answer, details, token
+from tls_files import TlsFiles, write_tls_files
 from tritonclient.grpc import InferInput, service_pb2
 
 from lorax_triton import (
@@ -227,28 +226,15 @@ def test_a_request_through_the_pure_encoder_is_what_the_client_sends() -> None:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Key and self-signed certificate of localhost, made for this run."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, cert = folder / "key.pem", folder / "cert.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    extension = ["-addext", "subjectAltName=DNS:localhost"]
-    try:
-        subprocess.run(
-            [*command.split(), *extension, "-keyout", str(key), "-out", str(cert)],
-            check=True,
-            capture_output=True,
-        )
-    except FileNotFoundError:
-        pytest.skip("openssl is not installed")
-    return key, cert
+def files(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
+    return write_tls_files(tmp_path_factory.mktemp("tls"))
 
 
-def test_tls_with_the_servers_authority_works_and_without_it_fails(certificate: tuple[Path, Path]) -> None:
-    key, cert = (path.read_bytes() for path in certificate)
-    credentials = grpc.ssl_server_credentials([(key, cert)], root_certificates=cert, require_client_auth=True)
+def test_tls_with_the_servers_authority_works_and_without_it_fails(files: TlsFiles) -> None:
+    pair = (files.server_key.read_bytes(), files.server_cert.read_bytes())
+    credentials = grpc.ssl_server_credentials([pair], files.ca.read_bytes(), require_client_auth=True)
     server = FakeTriton(lambda call: answer("a"), credentials=credentials)
-    tls = Tls(root_certificates=certificate[1], private_key=certificate[0], certificate_chain=certificate[1])
+    tls = Tls(files.ca, files.client_key, files.client_cert)
     try:
         with Client(f"grpcs://{server.url}", tls=tls) as client:
             assert client.generate("x").generated_text == "a"
@@ -258,8 +244,12 @@ def test_tls_with_the_servers_authority_works_and_without_it_fails(certificate: 
                 assert (await client.generate("x")).generated_text == "a"
 
         asyncio.run(main())
-        with Client(server.url, tls=True, max_session_retries=0) as client, pytest.raises(ConnectionError):
-            client.generate("x", timeout=5)
+        for stranger in (True, Tls(files.other_ca, files.client_key, files.client_cert), Tls(files.ca)):
+            with (
+                Client(server.url, tls=stranger, max_session_retries=0) as client,
+                pytest.raises(ConnectionError),
+            ):
+                client.generate("x", timeout=30)
     finally:
         server.stop()
     with pytest.raises(ValueError, match="need each other"):
