@@ -62,7 +62,7 @@ class ServerConfig:
     )
     max_running_per_adapter: int = _option(0, "sequences of one adapter that run at once; 0: no cap")
     max_queued_per_adapter: int = _option(
-        0, "sequences that may wait for one adapter before more are refused; 0: no cap"
+        0, "requests of one adapter that may wait to be started before more are refused; 0: no cap"
     )
     adapter_weights: str = _option(
         "",

@@ -23,6 +23,7 @@ class AdapterQueue:
         loading: sequences whose adapter, or whose right to it, is not there yet, in the order in which they are asked
             about.
         running: sequences that have a row.
+        preempted: sequences that had one and wait for another.
         served_at: when it was last given anything, or else began to wait; seconds of the scheduler's clock.
     """
 
@@ -32,6 +33,7 @@ class AdapterQueue:
     counter: float = 0.0
     served_at: float = float("-inf")
     running: int = 0
+    preempted: int = 0
     ready: list[Sequence] = field(default_factory=list)
     loading: dict[Sequence, None] = field(default_factory=dict)
 

@@ -4,6 +4,9 @@ The queues are served in fair order (see waiting), one prompt or chunk of one at
 queue that has had its part goes behind the others in the same step. What is passed over, and for how long:
 - A sequence that finds no KV blocks is passed over for `skip_bound_s`; then nothing behind it is admitted, so that
   blocks gather for it. It holds up only what is behind it: its adapter's share pays for it, not everybody's.
+- A sequence whose prompt begins like one that is being computed, for a quarter of what it lacks or more, is passed
+  over while that one gets there, and then takes its blocks up; for no longer than the same bound, and not when its
+  queue is overdue. Only what a running sequence computes is waited for, so that a preemption or an end sets it free.
 - An adapter that finds no room on the device is passed over for one time slice; then no other takes room before it,
   and adapters in use yield theirs (see rotation). It holds up nobody whose adapter has room.
 - An adapter that is not on the device yet goes behind others by at most `grouping` tokens: requests for adapters that
@@ -35,6 +38,8 @@ from lorax_backend.scheduler.waiting import Order, Present, WaitingQueues, queue
 from lorax_backend.types import AdapterRef
 
 _MAX_REFUSALS = 32  # of one step, so that a long queue without room costs little
+_MAX_AWAITING = 32  # likewise, of one step's sequences that wait for the prefix of another
+_AWAITED_PART = 4  # one part in this many of the missing blocks is worth waiting for
 _MAX_CLAIMS_TRIED = 4
 _MAX_WITHOUT_ROOM = 8  # adapters refused by the device in one step; it is not asked about more
 _MAX_LOOKED_UP = 32  # adapters of which one step asks whether they are on the device
@@ -58,6 +63,7 @@ class _Step:
     num_under_way: int
     room_is_open: bool = True
     num_refused: int = 0
+    num_awaiting: int = 0
     num_without_room: int = 0
     num_looked_up: int = 0
     present: Present | None = None
@@ -209,6 +215,10 @@ class Admission:
     def _try(self, seq: Sequence, queue: AdapterQueue, step: _Step) -> bool | None:
         """Start one sequence. False if none of its queue can start now, None if another may."""
         prefix = self._matched_prefix(seq)
+        if self._awaits_prefix(seq, prefix, step.now):
+            seq.refused_since = step.now if seq.refused_since is None else seq.refused_since
+            step.num_awaiting += 1
+            return None if step.num_awaiting < _MAX_AWAITING else False
         if self._must_wait_for_budget(seq, prefix, step.plan):
             step.is_open = False
             return False
@@ -297,6 +307,17 @@ class Admission:
             seq.cache_key = cache_key
             seq.block_hashes.clear()
         return [] if seq.sampling.prompt_logprobs else self._blocks.match(seq)
+
+    def is_held_for_prefix(self, seq: Sequence, now: float) -> bool:
+        """True if a ready sequence does not start now because another is computing what it could take up."""
+        return self._awaits_prefix(seq, self._matched_prefix(seq), now)
+
+    def _awaits_prefix(self, seq: Sequence, prefix: list[int], now: float) -> bool:
+        if seq.sampling.prompt_logprobs or self._is_aged(seq, now) or self._is_overdue(queue_of(seq), now):
+            return False
+        coming = self._blocks.num_coming(seq, len(prefix))
+        missing = self._blocks.blocks_for(len(seq.token_ids)) - len(prefix)
+        return coming > 0 and coming * _AWAITED_PART >= missing
 
     def _must_wait_for_budget(self, seq: Sequence, prefix: list[int], plan: StepPlan) -> bool:
         """Without chunked prefill: the prompt does not fit beside the decodes of this step. It then goes first in the

@@ -12,6 +12,7 @@ When blocks may be shared and reused. The device runs steps in launch order, and
 the positions it was scheduled for.
 - A full block may be shared as soon as the step that fills it has been scheduled, provided that the reader's step is
   scheduled later: it then runs later. Blocks filled by the step being put together are registered after it is complete.
+- A block that a running sequence is about to fill is *announced*: whoever needs the same one may wait for it.
 - A block may be given away as soon as its sequence is done with it, even if a launched step still reads or writes it:
   whatever the next owner writes is written by a later step, and it reads only positions it wrote itself.
 """
@@ -44,6 +45,7 @@ class BlockManager:
         self._ref_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self._announced: dict[bytes, int] = {}  # by how many running sequences
 
     @property
     def num_available(self) -> int:
@@ -79,6 +81,19 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
+    def num_coming(self, seq: Sequence, num_matched: int) -> int:
+        """How many blocks of the prefix of `seq` follow the `num_matched` that `match` found, and are being computed by
+        sequences that run: it finds them when these are done."""
+        if not self._announced:
+            return 0
+        limit = (len(seq.token_ids) - 1) // self.block_size
+        coming = 0
+        for block_hash in seq.block_hashes[num_matched:limit]:
+            if block_hash not in self._announced:
+                break
+            coming += 1
+        return coming
+
     def can_allocate(self, seq: Sequence, prefix: list[int], reserve: int = 0) -> bool:
         """True if `seq` can have blocks for all its known tokens, beginning with the matched blocks `prefix`, so that
         at least `reserve` blocks stay available."""
@@ -97,6 +112,9 @@ class BlockManager:
         seq.block_table.extend(prefix)
         seq.num_registered = len(prefix)
         self._grow(seq, len(seq.token_ids))
+        seq.num_announced = len(seq.block_hashes)
+        for block_hash in seq.block_hashes[len(prefix) :]:
+            self._announced[block_hash] = self._announced.get(block_hash, 0) + 1
 
     def can_append(self, seq: Sequence, num_tokens: int) -> bool:
         """True if the block table of `seq` can be made long enough for `num_tokens` tokens."""
@@ -123,6 +141,7 @@ class BlockManager:
             if self._hash_of[block] is None and block_hash not in self._block_of:
                 self._hash_of[block] = block_hash
                 self._block_of[block_hash] = block
+        self._withdraw(seq, full)
         seq.num_registered = full
 
     def free(self, seq: Sequence) -> None:
@@ -137,7 +156,8 @@ class BlockManager:
                 else:
                     self._cached[block] = None
         seq.block_table.clear()
-        seq.num_registered = seq.capacity = 0
+        self._withdraw(seq, seq.num_announced)
+        seq.num_registered = seq.num_announced = seq.capacity = 0
 
     def reset_prefix_cache(self) -> None:
         """Forget every shared prefix. Sequences keep the blocks they use."""
@@ -171,7 +191,15 @@ class BlockManager:
         if len(self._block_of) != sum(1 for h in self._hash_of if h is not None):
             problems.append("a hash names a block that does not carry it")
         if sequences is not None:
+            sequences = list(sequences)
             users = Counter(block for seq in sequences for block in seq.block_table)
+            announced = Counter(
+                block_hash
+                for seq in sequences
+                for block_hash in seq.block_hashes[seq.num_registered : seq.num_announced]
+            )
+            if announced != self._announced:
+                problems.append("the announced blocks are not those of the running sequences")
             problems += [
                 f"block {block}: {count} users counted, {users[block]} block tables have it"
                 for block, count in enumerate(self._ref_counts)
@@ -191,6 +219,14 @@ class BlockManager:
             self._ref_counts[block] = 1
             seq.block_table.append(block)
         seq.capacity = len(seq.block_table) * self.block_size
+
+    def _withdraw(self, seq: Sequence, end: int) -> None:
+        """The blocks of `seq` before the `end`-th are there, or will not come."""
+        for block_hash in seq.block_hashes[seq.num_registered : min(end, seq.num_announced)]:
+            if self._announced[block_hash] == 1:
+                del self._announced[block_hash]
+            else:
+                self._announced[block_hash] -= 1
 
     def _forget(self, block: int) -> None:
         block_hash = self._hash_of[block]

@@ -6,6 +6,7 @@ Half, because what is taken back must be computed again: the chances of ordinary
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain, islice
 
 from lorax_backend.scheduler.adapter_queue import AdapterQueue
@@ -31,6 +32,7 @@ class RowReclaim:
         queues: WaitingQueues,
         rows: RunningRows,
         rotation: Rotation,
+        is_held: Callable[[Sequence, float], bool],
     ) -> None:
         self._max_weight = max([1.0, *settings.adapter_weights.values()])
         self._settings = settings
@@ -38,6 +40,7 @@ class RowReclaim:
         self._queues = queues
         self._rows = rows
         self._rotation = rotation
+        self._is_held = is_held
 
     def victims(self, now: float) -> list[Sequence]:
         """Running sequences that give up their rows before this step, because adapters that have been given less and
@@ -50,7 +53,7 @@ class RowReclaim:
         entitled = (
             queue
             for queue in chain(self._queues.idle(_MAX_LOOKED_AT), self._queues.busy)
-            if (2 * queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue)
+            if (2 * queue.running + 1) * total <= num_rows * queue.weight and self._could_start(queue, now)
         )
         claims = sorted(queue.counter for queue in islice(entitled, _MAX_RECLAIMED))
         victims: list[Sequence] = []
@@ -65,10 +68,16 @@ class RowReclaim:
                     break
         return victims
 
-    def _could_start(self, queue: AdapterQueue) -> bool:
+    def _could_start(self, queue: AdapterQueue, now: float) -> bool:
         cap = self._settings.max_running_per_adapter
         if not queue.ready or queue.ready[0].num_in_flight or self._rotation.is_closed(queue):
             return False
         if cap and queue.running >= cap:
             return False
-        return queue.ref is None or queue.running > 0 or self._adapters.is_on_device(queue.ref)
+        head = queue.ready[0]
+        if queue.ref is not None:
+            if not queue.running and not self._adapters.is_on_device(queue.ref):
+                return False
+            if not self._adapters.is_ready(head.handle, queue.ref):
+                return False
+        return not self._is_held(head, now)

@@ -55,7 +55,14 @@ class Scheduler:
         self._running = self._rows.sequences
         self._admission = Admission(settings, adapters, self._waiting, self._rows, self.blocks)
         self._leases = self._admission.leases
-        self._reclaim = RowReclaim(settings, adapters, self._waiting, self._rows, self._admission.rotation)
+        self._reclaim = RowReclaim(
+            settings,
+            adapters,
+            self._waiting,
+            self._rows,
+            self._admission.rotation,
+            self._admission.is_held_for_prefix,
+        )
         self._errors: list[TokenOutput] = []
 
     @property
@@ -98,9 +105,11 @@ class Scheduler:
             raise ValueError(f"handle {seq.handle} is in use")
         queue = self._waiting.register(seq)
         cap = self.settings.max_queued_per_adapter
-        if cap and queue.num_waiting >= cap:
+        # Those that were started already do not count: they were let in, and must not cost others their place.
+        num_queued = queue.num_waiting - queue.preempted
+        if cap and num_queued >= cap:
             raise OverloadedError(
-                f"{queue.num_waiting} requests wait for {queue.name} already, and this server queues "
+                f"{num_queued} requests wait for {queue.name} already, and this server queues "
                 f"max_queued_per_adapter={cap}; try again later"
             )
         self._sequences[seq.handle] = seq

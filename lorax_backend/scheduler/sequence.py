@@ -23,15 +23,15 @@ class Sequence:
     """Tokens and place of one request. Only the Scheduler writes the fields below `arrival`.
 
     `token_ids` is the prompt and every token whose value is known; `num_tokens` counts these and the ones that launched
-    steps are sampling. `num_computed` counts tokens whose keys and
-    values are in the cache (or will be, once the steps already launched have run). `slot` is the sequence's row in
-    the runner's per-sequence state while it runs, -1 otherwise. `adapter_slot` is the index the adapter provider
-    gave, -1 for the base model. `cache_key` seeds the prefix hashes: two adapters, or two revisions of one, never
-    share blocks. `num_in_flight` counts launched steps whose token is not known yet. `block_hashes` holds the prefix
-    hashes of the leading full blocks, as far as known, and `num_registered` how many of them the block manager has
-    been offered for sharing. `capacity` is how many tokens the blocks hold, `max_total` how many there are when it ends
-    by length. `queue` is that of its adapter, `order` its place in it, `token_cost` what a token is
-    charged. `refused_since` is when it was first passed over for want of room since it last began to wait.
+    steps are sampling, `num_in_flight` the latter alone. `num_computed` counts tokens whose keys and values are in the
+    cache (or will be, once the steps already launched have run). `max_total` is how many tokens there are when it ends
+    by length, `capacity` how many its blocks hold. `slot` is the sequence's row in the runner's per-sequence state
+    while it runs, -1 otherwise. `adapter_slot` is the index the adapter provider gave, -1 for the base model.
+    `cache_key` seeds the prefix hashes: two adapters, or two revisions of one, never share blocks. `block_hashes` holds
+    the prefix hashes of the leading full blocks, as far as known; `num_registered` is how many of them the block
+    manager has been offered for sharing, `num_announced` how many of them were known when it began to run. `queue` is
+    that of its adapter, `order` its place in it, `token_cost` what a token is charged. `refused_since` is when it was
+    first passed over since it last began to wait.
     """
 
     handle: int
@@ -53,6 +53,7 @@ class Sequence:
     first_scheduled: float | None = None
     block_hashes: list[bytes] = field(default_factory=list, repr=False)
     num_registered: int = 0
+    num_announced: int = 0
     queue_timeout_s: float | None = None
     queue: AdapterQueue | None = field(default=None, repr=False)
     order: float = 0.0

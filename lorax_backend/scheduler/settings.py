@@ -22,8 +22,8 @@ class SchedulerSettings:
     Adapters, and the base model, share the engine by `adapter_weights` (id -> weight, 1 for those not named; the base
     model is BASE_MODEL_ID). `fairness_bound_s` is how long one that waits may be given nothing before it goes first.
     When adapters wait for room on the device, those that have been in use for `adapter_cycle_time_s` seconds yield
-    theirs. An adapter has at most `max_running_per_adapter` sequences running and `max_queued_per_adapter` waiting; 0
-    is no cap.
+    theirs. An adapter has at most `max_running_per_adapter` sequences running and `max_queued_per_adapter` waiting to
+    be started (those preempted do not count); 0 is no cap.
 
     Raises:
         ValueError: a count or weight is too small.

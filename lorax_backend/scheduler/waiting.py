@@ -95,7 +95,9 @@ class WaitingQueues:
     def add(self, seq: Sequence) -> None:
         """A registered sequence waits; it is looked at in the next `promote`."""
         seq.refused_since = None
-        queue_of(seq).loading[seq] = None
+        queue = queue_of(seq)
+        queue.loading[seq] = None
+        queue.preempted += seq.first_scheduled is not None
         self._new[seq] = None
         self._num_waiting += 1
 
@@ -103,6 +105,7 @@ class WaitingQueues:
         """Take out a sequence that waits."""
         queue = queue_of(seq)
         queue.take_out(seq)
+        queue.preempted -= seq.first_scheduled is not None
         self._new.pop(seq, None)
         self._num_waiting -= 1
         self._note_empty(queue)

@@ -151,6 +151,28 @@ def test_requests_beyond_an_adapters_queue_are_refused_and_hurt_no_other_adapter
     assert provider.num_wanted == 4
 
 
+def test_preempted_sequences_take_no_places_in_their_adapters_queue() -> None:
+    """They were let in before; else a shortage of blocks would refuse requests that the queue has room for."""
+    settings = make_settings(max_queued_per_adapter=2, num_blocks=8, prefix_caching=False)
+    core, _, _ = make_core(settings, slots(4, "a"))
+    for n in range(2):
+        core.add(make_request(n, [n] * 8, "a", max_new_tokens=20))
+    while not core.scheduler.num_preemptions:
+        core.step()
+    assert core.scheduler.num_waiting == 1
+    refused = [bool(core.add(make_request(n, [n] * 20, "a"))) for n in (2, 3, 4)]
+    assert refused == [False, False, True]
+    core.cancel(1)
+    assert core.add(make_request(5, [5], "a")), (
+        "one that was preempted gives up no place that it did not have"
+    )
+    core.cancel(2)
+    assert core.add(make_request(6, [6], "a")) == []
+    while core.has_work:
+        core.step()
+    assert [queue.preempted for queue in core.scheduler._waiting._queues.values()] == [0]
+
+
 @pytest.mark.parametrize("adapter", [None, "late"])
 def test_a_request_that_waits_too_long_is_refused_even_while_its_adapter_loads(adapter: str | None) -> None:
     clock = FakeClock()
