@@ -18,8 +18,9 @@ from lorax_triton.types import Parameters, Request
 # The model that generates, and the one to ask about it and to cancel at: an ensemble in front of it cannot do either.
 ENGINE_MODEL = "lorax"
 DEFAULT_TIMEOUT_S = 60.0
-# Commands that change something for everybody begin with one of these; they need the admin key.
-_GUARDED_COMMANDS = ("adapter_", "alias_", "reset_")
+# Commands that change something for everybody begin with one of these and need the admin key; the last two tell more
+# with it.
+_GUARDED_COMMANDS = ("adapter_", "alias_", "reset_", "adapters", "stats")
 # A cancellation through a control request that nobody waits for.
 CANCEL_TIMEOUT_S = 5.0
 

@@ -126,9 +126,9 @@ class Adapters:
         client.adapters.set_alias("support", {"some/adapter@v1": 0.9, "some/adapter@v2": 0.1})
 
     `client.adapters()` is short for `client.adapters.list()`. All but the lists need the server's admin key (the
-    client's `admin_key`). Every call raises a LoraxError if the server could not be asked or refused:
-    UnauthorizedError without the right key, AdapterError and its subclasses for an adapter
-    that cannot be used, NotFoundError for one the server does not have.
+    client's `admin_key`); without it `list` shows only adapters that everybody may use. Every call raises a LoraxError
+    if the server could not be asked or refused: UnauthorizedError without the right key, AdapterError and its
+    subclasses for an adapter that cannot be used, NotFoundError for one the server does not have.
     """
 
     def __init__(self, control: Callable[[str, Mapping[str, Any]], Answer]) -> None:

@@ -176,6 +176,7 @@ class AdapterRecord:
             "hits": self.hits,
             "last_used_s": round(now - self.last_used, 3),
             "pinned": self.pinned or None,
+            "public": self.permissions.public,
             "retired": self.retired,
         }
 

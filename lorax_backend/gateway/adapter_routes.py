@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from lorax_backend.gateway.auth import hub_token, require_admin, require_user
+from lorax_backend.gateway.auth import admin_key, hub_token, require_admin, require_user
 from lorax_backend.gateway.bodies import AdapterBody, LoadLoraAdapterBody, UnloadLoraAdapterBody, read_model
 from lorax_backend.gateway.errors import HttpError
 from lorax_backend.gateway.state import GatewayState, state_of
@@ -26,11 +26,17 @@ ACTIONS: Mapping[str, tuple[str, bool]] = {
 
 
 async def list_adapters(request: Request) -> Response:
-    """GET /adapters: what is known of every adapter (tier, status, users), and names that stand for some."""
+    """GET /adapters: what is known of every adapter that the caller may know of (tier, status, users), and names that
+    stand for some."""
     state = state_of(request)
     require_user(request, state.config)
     aliases = await state.pool.control("aliases", {})
-    return JSONResponse({"adapters": await state.adapters(), "aliases": aliases.get("aliases", {})})
+    return JSONResponse(
+        {
+            "adapters": await state.adapters(admin_key(request, state.config)),
+            "aliases": aliases.get("aliases", {}),
+        }
+    )
 
 
 async def adapter_action(request: Request) -> Response:

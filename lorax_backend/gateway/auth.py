@@ -63,6 +63,14 @@ def require_admin(request: Request, config: GatewayConfig) -> str | None:
     return key
 
 
+def admin_key(request: Request, config: GatewayConfig) -> str | None:
+    """The key to present to the backend for what administrators are told more of; None for other callers."""
+    key = bearer(request)
+    if key is None or not config.admin_api_keys:
+        return key
+    return (config.backend_admin_key or key) if _among(key, config.admin_api_keys) else None
+
+
 def hub_token(request: Request, config: GatewayConfig) -> str | None:
     """The token for private adapters: its own header, else the bearer token if that is not a key of the gateway."""
     own = request.headers.get(HUB_TOKEN_HEADER, "").strip()

@@ -33,13 +33,14 @@ class GatewayState:
         requests of an id."""
         return f"{self.request_id(request)}.{uuid.uuid4().hex[:12]}"
 
-    async def adapters(self) -> list[dict[str, Any]]:
-        """The adapters all servers know; with several servers each entry names its own.
+    async def adapters(self, admin_key: str | None = None) -> list[dict[str, Any]]:
+        """The adapters all servers know, without the right key only the public ones; with several servers each entry
+        names its own.
 
         Raises:
             LoraxError: no server could be asked.
         """
-        answers = await self.pool.control_all("adapters", {})
+        answers = await self.pool.control_all("adapters", {"admin_key": admin_key} if admin_key else {})
         several = len(self.pool.endpoints) > 1
         return [
             {**adapter, "server": url} if several else dict(adapter)

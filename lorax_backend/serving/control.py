@@ -24,6 +24,7 @@ _ADAPTER_COMMANDS_TEXT = (
     "adapter_preload, adapter_pin, adapter_unpin, adapter_unload, adapter_reload, adapter_purge"
 )
 _PRELOAD_TIMEOUT_S = 60.0
+_NAMING_STATS = ("running", "waiting", "popular")  # of `adapter_tiers`: lists of adapters' names
 
 
 def run_command(service: GenerationService, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def run_command(service: GenerationService, command: str, arguments: dict[str, A
 
     Raises:
         ValidationError: unknown command or bad arguments.
-        UnauthorizedError: the command changes something, and its `admin_key` is missing or wrong.
+        UnauthorizedError: the command changes something, and its `admin_key` is missing or wrong. Commands that only
+            look need none, but without it they tell nothing of adapters that not everybody may use.
         EngineDeadError: the engine does not answer.
     """
     arguments = dict(arguments)
@@ -59,7 +61,8 @@ def run_command(service: GenerationService, command: str, arguments: dict[str, A
         service.adapter_templates.forget()
         return service.engine.control(command, _engine_arguments(service, arguments))
     if command in ENGINE_COMMANDS or command == "reset_prefix_cache":
-        return service.engine.control(command, arguments)
+        answer = service.engine.control(command, arguments)
+        return answer if _is_admin(service.config, key) else _without_private_adapters(answer)
     raise ValidationError(
         f"control.command: {command!r} is not one of {', '.join(COMMANDS)}, {_ADAPTER_COMMANDS_TEXT}"
     )
@@ -94,10 +97,28 @@ def _authorize(config: ServerConfig, key: Any, command: str) -> None:
             f"control.command: {command} changes the server, which needs an administrator's key, and this server has "
             "none; set its option admin_api_key (or allow_unauthenticated_admin where every caller is trusted)"
         )
-    given = key.encode() if isinstance(key, str) else b""
-    if not hmac.compare_digest(given, config.admin_api_key.encode()):
+    if not _is_admin(config, key):
         problem = "is missing" if key is None else "is wrong"
         raise UnauthorizedError(f"control.admin_key: {problem}; {command} needs the server's admin_api_key")
+
+
+def _is_admin(config: ServerConfig, key: Any) -> bool:
+    if not config.admin_api_key:
+        return config.allow_unauthenticated_admin
+    given = key.encode(errors="replace") if isinstance(key, str) else b""
+    return hmac.compare_digest(given, config.admin_api_key.encode())
+
+
+def _without_private_adapters(answer: dict[str, Any]) -> dict[str, Any]:
+    """What may be told to anybody: of adapters only those that anybody may use, for who may not use an adapter has no
+    right to know that it is here."""
+    shown = dict(answer)
+    if "adapters" in answer:
+        shown["adapters"] = [row for row in answer["adapters"] if row.get("public")]
+    if "adapter_tiers" in answer:
+        tiers = answer["adapter_tiers"]
+        shown["adapter_tiers"] = {name: value for name, value in tiers.items() if name not in _NAMING_STATS}
+    return shown
 
 
 def _engine_arguments(service: GenerationService, arguments: dict[str, Any]) -> dict[str, Any]:

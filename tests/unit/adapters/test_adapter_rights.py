@@ -111,3 +111,12 @@ def test_a_digest_of_a_token_tells_nothing_but_equality(token: str) -> None:
     assert token_digest(token) == token_digest(token) != token_digest(token + "x")
     assert token not in token_digest(token)
     assert token_digest(None) == token_digest("") == ""
+
+
+def test_operators_are_told_whether_everybody_may_use_an_adapter() -> None:
+    bench = Bench(a=FakeAdapter(1.0, tokens={"alice"}), b=FakeAdapter(2.0))
+    bench.acquire("b")
+    assert [row["public"] for row in bench.adapters.describe()] == [False], "not known yet"
+    bench.load("a", "alice")
+    bench.load("b")
+    assert {row["id"]: row["public"] for row in bench.adapters.describe()} == {"a": False, "b": True}

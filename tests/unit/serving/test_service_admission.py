@@ -251,6 +251,31 @@ def test_commands_that_only_look_need_no_key(make_service: MakeService) -> None:
     assert service.control("tokenize", {"inputs": "a"})["tokens"]
 
 
+def test_a60_only_administrators_are_told_of_adapters_that_not_everybody_may_use(
+    make_service: MakeService,
+) -> None:
+    rows = [
+        {"id": "org/open", "public": True},
+        {"id": "org/private", "public": False},
+        {"id": "org/on-its-way"},
+    ]
+    tiers = {"on_host": 2, "running": ["hub:org/private"], "waiting": [], "popular": {"hub:org/private": 3}}
+
+    class Engine(ControlledEngine):
+        def control(self, command: str, arguments: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
+            super().control(command, arguments, timeout)
+            return {"adapters": rows} if command == "adapters" else {"running": 1, "adapter_tiers": tiers}
+
+    service = make_service(Engine(), admin_api_key="sesame")
+    for key in ({}, {"admin_key": "guess"}, {"admin_key": ""}, {"admin_key": None}, {"admin_key": "\udc80"}):
+        assert service.control("adapters", dict(key)) == {"adapters": rows[:1]}
+        assert service.control("stats", dict(key)) == {"running": 1, "adapter_tiers": {"on_host": 2}}
+    assert service.control("adapters", {"admin_key": "sesame"}) == {"adapters": rows}
+    assert service.control("stats", {"admin_key": "sesame"})["adapter_tiers"] == tiers
+    assert make_service(Engine()).control("adapters") == {"adapters": rows[:1]}, "a server without a key"
+    assert make_service(Engine(), **OPEN).control("adapters") == {"adapters": rows}
+
+
 def test_the_engine_hears_of_adapters_by_id_source_and_revision(make_service: MakeService) -> None:
     engine = ControlledEngine()
     service = make_service(engine, **OPEN)
