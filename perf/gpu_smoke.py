@@ -37,7 +37,7 @@ from lorax_backend.config import ServerConfig
 from lorax_backend.model.runner import TorchModelRunner
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_backend.types import SamplingParams
-from lorax_kernels.tuning import OVERRIDE as LORA_OVERRIDE
+from lorax_kernels.tuning import OVERRIDE
 
 
 def synchronize() -> None:
@@ -329,10 +329,12 @@ def main() -> None:
     parser.add_argument(
         "--lora", help='fields of the LoRA kernels\' configuration as JSON, such as {"shrink": "fused"}'
     )
+    parser.add_argument("--node", help='the same of the small kernels, such as {"pdl": true}')
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
     args = parser.parse_args()
-    if args.lora:
-        os.environ[LORA_OVERRIDE] = args.lora
+    for kind in ("lora", "node"):
+        if getattr(args, kind):
+            os.environ[OVERRIDE.format(kind=kind.upper())] = getattr(args, kind)
     args.out.mkdir(parents=True, exist_ok=True)
     path = write_model(Path("/tmp") / f"random-{args.shape}", args.shape)
     report: dict[str, Any] = {"environment": environment(), "shape": args.shape,

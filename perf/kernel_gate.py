@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/gpu/test_gpu_lora.py", "tests/gpu/test_gpu_attention.py")
+TESTS = ("tests/gpu/test_gpu_lora.py", "tests/gpu/test_gpu_riding.py", "tests/gpu/test_gpu_attention.py")
 SOURCES = ("kernels/lorax_kernels", "tests/kernels", "tests/gpu")
 STAMP = ROOT / "perf" / "results" / "local" / "kernel_tests.json"
 _SUFFIXES = {".py", ".json"}

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from lorax_kernels.metadata import AttentionBatch, IntArray
-from lorax_kernels.tuning import AttentionConfig, attention_config
+from lorax_kernels.tuning import AttentionConfig, attention_config, launch_options, node_config
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 32
@@ -92,7 +92,7 @@ def _decode_kernel(
     stride_q, stride_q_head, stride_block, stride_token, stride_head, stride_out, stride_table, qk_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -108,6 +108,8 @@ def _decode_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = (g < GROUP)[:, None] & (d < D)[None, :]
     where_out = sequence.to(tl.int64) * stride_out + (head * GROUP + g)[:, None] * D + d[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # what comes before reads only what no kernel of the step writes
     if split < active:
         where_q = sequence.to(tl.int64) * stride_q + (head * GROUP + g)[:, None] * stride_q_head + d[None, :]
         q = tl.load(q_ptr + where_q, mask=inside, other=0.0)
@@ -270,6 +272,7 @@ def _decode(
     block_g, block_d = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(dim)
     splits = _decode_splits(batch.num_decodes * heads, config.waves * _num_sms(q.device.index))
     space = _workspace(q.device, batch.num_decodes * heads, splits, block_g, block_d)
+    pdl = node_config(q.device.index).pdl
     contexts = batch.context_lens if batch.fixed is None else batch.fixed.decode_contexts
     _decode_kernel[(batch.num_decodes, heads, splits)](
         q, k_cache, v_cache, out, *space, batch.block_tables, contexts,
@@ -277,7 +280,7 @@ def _decode(
         batch.block_tables.stride(0), qk_scale,
         HEADS=heads, GROUP=group, BLOCK_G=block_g, BLOCK_SIZE=k_cache.shape[1], D=dim, BLOCK_D=block_d,
         BLOCK_N=_block_n(config.block_n, block_d, q.dtype), SPLITS=splits, MIN_SPLIT=config.min_split, WINDOW=window,
-        STAGES=config.stages, num_warps=config.warps, num_stages=1,
+        STAGES=config.stages, PDL=pdl, num_warps=config.warps, num_stages=1, **launch_options(pdl),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The small kernels between the matrix products, fused so that a decode step has few launches.
 
 Each rounds where its torch twin in `fused_reference` rounds, so that both give the same numbers up to the order
-of sums.
+of sums. With `NodeConfig.pdl` each may be launched before the launch before it is over (programmatic dependent launch):
+it reads what no kernel of the step writes, waits, and then reads the rest.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
+from lorax_kernels.tuning import launch_options, node_config
+
 
 @triton.jit
 def norm_row(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, row, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm one row and store it; its factor 1 / rms."""
     column = tl.arange(0, BLOCK)
     seen = column < WIDTH
-    x = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
     weight = tl.load(weight_ptr + column, mask=seen, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * stride_residual + column, mask=seen, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
@@ -35,11 +40,11 @@ def norm_row(
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     norm_row(
         x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, tl.program_id(0).to(tl.int64), stride_x, stride_residual,
-        eps, WIDTH, BLOCK, HAS_RESIDUAL,
+        eps, WIDTH, BLOCK, HAS_RESIDUAL, PDL,
     )  # fmt: skip
 
 
@@ -51,7 +56,9 @@ def silu_mul_block(gate, up):
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, y_ptr, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(x_ptr, y_ptr, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seen = column < WIDTH
@@ -79,22 +86,26 @@ def _rope_cache_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
     stride_qkv, stride_table, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    QK_NORM: tl.constexpr,
+    QK_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)  # over half a head
     half_seen = d < D // 2
     seen = (head < HEADS + 2 * KV_HEADS)[:, None] & half_seen[None, :]
-    source = qkv_ptr + row * stride_qkv + head[:, None] * D + d[None, :]
-    first = tl.load(source, mask=seen, other=0.0)
-    second = tl.load(source + D // 2, mask=seen, other=0.0)
     position = tl.load(positions_ptr + row).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     cos = tl.load(cos_ptr + position * stride_table + d, mask=half_seen, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + position * stride_table + D // 2 + d, mask=half_seen, other=0.0).to(tl.float32)[
         None, :
     ]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    source = qkv_ptr + row * stride_qkv + head[:, None] * D + d[None, :]
+    first = tl.load(source, mask=seen, other=0.0)
+    second = tl.load(source + D // 2, mask=seen, other=0.0)
     is_q = (head < HEADS)[:, None]
     is_k = ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
     is_v = (head >= HEADS + KV_HEADS)[:, None]
@@ -127,10 +138,11 @@ def rms_norm(
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else x
     block, warps = norm_shape(width)
+    pdl = node_config(x.device.index).pdl
     _rms_norm_kernel[(rows,)](
         x, residual if residual is not None else x, weight, y, total, x.stride(0),
         residual.stride(0) if residual is not None else 0, eps, WIDTH=width, BLOCK=block,
-        HAS_RESIDUAL=residual is not None, num_warps=warps,
+        HAS_RESIDUAL=residual is not None, PDL=pdl, num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
     return y, total
 
@@ -150,9 +162,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`lorax_kernels.silu_mul` on a device."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    block = silu_block(width)
+    block, pdl = silu_block(width), node_config(gate_up.device.index).pdl
     _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-        gate_up, y, gate_up.stride(0), WIDTH=width, BLOCK=block, num_warps=4
+        gate_up, y, gate_up.stride(0), WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, **launch_options(pdl)
     )
     return y
 
@@ -171,11 +183,11 @@ def rope_and_cache(
     k_cache, v_cache = cache
     dim = k_cache.shape[3]
     q = torch.empty(qkv.shape[0], heads[0], dim, dtype=qkv.dtype, device=qkv.device)
-    block_h = 8
+    block_h, pdl = 8, node_config(qkv.device.index).pdl
     _rope_cache_kernel[(qkv.shape[0], triton.cdiv(heads[0] + 2 * heads[1], block_h))](
         qkv, positions, cos, sin, norms[0] if norms else qkv, norms[1] if norms else qkv, slot_mapping, q,
         k_cache, v_cache, qkv.stride(0), cos.stride(0), eps,
         HEADS=heads[0], KV_HEADS=heads[1], D=dim, BLOCK_D=triton.next_power_of_2(dim // 2), BLOCK_H=block_h,
-        QK_NORM=norms is not None, num_warps=2,
+        QK_NORM=norms is not None, PDL=pdl, num_warps=2, **launch_options(pdl),
     )  # fmt: skip
     return q

@@ -24,7 +24,7 @@ from lorax_kernels.expand_kernels import bgmv_expand_kernel, sgmv_expand_kernel
 from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
-from lorax_kernels.tuning import LoraConfig, lora_config
+from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
 
 MAX_SLICES = 3
@@ -224,11 +224,3 @@ def work_of(batch: LoraBatch) -> LoraWork:
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def launch_options(pdl: bool, registers: int = 0) -> dict[str, int | bool]:
-    """Options of a launch: whether it may start before the last one is over, and a limit of registers a thread."""
-    options: dict[str, int | bool] = {"launch_pdl": True} if pdl else {}
-    if registers:
-        options["maxnreg"] = registers
-    return options

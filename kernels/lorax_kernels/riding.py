@@ -9,10 +9,10 @@ import torch
 
 from lorax_kernels.fused_triton import norm_shape, rms_norm, silu_block, silu_mul
 from lorax_kernels.layout import PAGE_RANK
-from lorax_kernels.lora_triton import Shrunk, launch_options, num_sms, work_of
+from lorax_kernels.lora_triton import Shrunk, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.riding_kernels import NORM, RESIDUAL_NORM, SILU, norm_shrink_kernel, silu_shrink_kernel
-from lorax_kernels.tuning import LoraConfig, lora_config
+from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
 
 

@@ -145,11 +145,9 @@ def norm_shrink_kernel(
         )  # fmt: skip
     else:
         row = program - riders
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         scale = norm_row(
             x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, row.to(tl.int64), stride_x, stride_residual, eps,
-            WIDTH, BLOCK, HAS_RESIDUAL,
+            WIDTH, BLOCK, HAS_RESIDUAL, PDL,
         )  # fmt: skip
         tl.store(scale_ptr + row, scale)
     if PDL:

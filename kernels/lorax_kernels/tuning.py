@@ -102,15 +102,24 @@ class AttentionConfig:
     prefill_warps: int = 8
 
 
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """How the small kernels between the matrix products and decode's attention are launched: with `pdl`, before the
+    launch before them is over (compute capability 9.0 and up)."""
+
+    pdl: bool = False
+
+
 DEFAULT = LoraConfig()
 DEFAULT_ATTENTION = AttentionConfig()
-_Config = TypeVar("_Config", LoraConfig, AttentionConfig)
+DEFAULT_NODE = NodeConfig()
+_Config = TypeVar("_Config", LoraConfig, AttentionConfig, NodeConfig)
 
 
 @functools.lru_cache(maxsize=4096)
 def lora_config(num_tokens: int, decode: bool, device: int | None = None) -> LoraConfig:
     """The configuration for a batch of `num_tokens` rows on CUDA device `device`; None has no table."""
-    return replace(_pick(device, "lora", DEFAULT, num_tokens if decode else _LARGEST), **_override())
+    return _pick(device, "lora", DEFAULT, num_tokens if decode else _LARGEST)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,40 +128,59 @@ def attention_config(num_sequences: int, device: int | None = None) -> Attention
     return _pick(device, "attention", DEFAULT_ATTENTION, num_sequences)
 
 
-_LARGEST = 1 << 30
-OVERRIDE = "LORAX_LORA_CONFIG"
-"""Environment variable with fields of `LoraConfig` as JSON that go before every table: for comparing, not for use."""
-
-
 @functools.cache
-def _override() -> dict[str, Any]:
-    """Fields that `OVERRIDE` sets.
+def node_config(device: int | None = None) -> NodeConfig:
+    """The configuration of the small kernels on CUDA device `device`."""
+    return _pick(device, "node", DEFAULT_NODE, _LARGEST)
+
+
+def forget_configs() -> None:
+    """Look at the tables and the environment again."""
+    for kept in (lora_config, attention_config, node_config):
+        kept.cache_clear()
+
+
+def launch_options(pdl: bool, registers: int = 0) -> dict[str, int | bool]:
+    """Options of a launch: whether it may start before the last one is over, and a limit of registers a thread."""
+    options: dict[str, int | bool] = {"launch_pdl": True} if pdl else {}
+    if registers:
+        options["maxnreg"] = registers
+    return options
+
+
+_LARGEST = 1 << 30
+OVERRIDE = "LORAX_{kind}_CONFIG"
+"""Environment variables, such as LORAX_LORA_CONFIG, with fields of a configuration as JSON that go before every table:
+for comparing, not for use."""
+
+
+def _override(kind: str, known: set[str]) -> dict[str, Any]:
+    """Fields that the environment sets.
 
     Raises:
-        ValueError: it holds no JSON object, or one with an unknown field.
+        ValueError: the variable holds no JSON object, or one with an unknown field.
     """
-    text = os.environ.get(OVERRIDE)
+    name = OVERRIDE.format(kind=kind.upper())
+    text = os.environ.get(name)
     if not text:
         return {}
-    known = {f.name for f in fields(LoraConfig)}
     try:
         given = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{OVERRIDE}: {text!r} is no JSON: {error}") from None
+        raise ValueError(f"{name}: {text!r} is no JSON: {error}") from None
     if not isinstance(given, dict) or not known.issuperset(given):
-        raise ValueError(f"{OVERRIDE}: {text!r} is no JSON object with fields of {sorted(known)}")
+        raise ValueError(f"{name}: {text!r} is no JSON object with fields of {sorted(known)}")
     return given
 
 
 def _pick(device: int | None, kind: str, default: _Config, size: int) -> _Config:
     """The entry for the smallest size that is not under `size`, else the largest."""
     table = {} if device is None else _table(device, kind)
-    if not table:
-        return default
     known = {f.name for f in fields(default)}
     fitting = [entry for entry in table if entry >= size]
-    values = table[min(fitting) if fitting else max(table)]
-    return replace(default, **{name: value for name, value in values.items() if name in known})
+    values = table[min(fitting) if fitting else max(table)] if table else {}
+    chosen = {name: value for name, value in values.items() if name in known} | _override(kind, known)
+    return replace(default, **chosen)
 
 
 @functools.cache

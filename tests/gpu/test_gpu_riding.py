@@ -146,13 +146,12 @@ def test_one_graph_runs_every_mix_of_adapters(node: str, config: str) -> None:
 @pytest.fixture(params=[False, True], ids=["plain launches", "dependent launches"])
 def riding_everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fields = {"shrink": "fused", "pdl": request.param, "expand_flat": request.param}
-    monkeypatch.setenv(tuning.OVERRIDE, json.dumps(fields))
-    tuning._override.cache_clear()
-    tuning.lora_config.cache_clear()
+    monkeypatch.setenv(tuning.OVERRIDE.format(kind="LORA"), json.dumps(fields))
+    monkeypatch.setenv(tuning.OVERRIDE.format(kind="NODE"), json.dumps({"pdl": request.param}))
+    tuning.forget_configs()
     yield
     monkeypatch.undo()
-    tuning._override.cache_clear()
-    tuning.lora_config.cache_clear()
+    tuning.forget_configs()
 
 
 @pytest.mark.usefixtures("riding_everywhere")

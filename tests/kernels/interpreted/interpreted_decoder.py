@@ -41,17 +41,12 @@ def on_triton(monkeypatch: pytest.MonkeyPatch, **config: object) -> Iterator[Non
         return None if batch is None else batch.with_work("cpu")
 
     with monkeypatch.context() as patched:
-        patched.setenv(tuning.OVERRIDE, json.dumps(SMALL | config))
+        patched.setenv(tuning.OVERRIDE.format(kind="LORA"), json.dumps(SMALL | config))
         patched.setattr(dispatch, "_uses_triton", lambda tensor: True)
         patched.setattr(LoraBatch, "build", with_work)
-        forget_configs()
+        tuning.forget_configs()
         yield
-    forget_configs()
-
-
-def forget_configs() -> None:
-    tuning._override.cache_clear()
-    tuning.lora_config.cache_clear()
+    tuning.forget_configs()
 
 
 @pytest.fixture
