@@ -7,7 +7,13 @@ Right: greedy tokens of a mixed batch equal those of single runs, and those with
 float32 weights and with the model's own. Each run is compared up to its first difference, which may only be a near
 tie: a step at which the two best logits differ by less than 0.1% of the logits' standard deviation (float32), or by at
 most 4 steps of the number format (bfloat16, whose logits are rounded that coarsely). Fast: milliseconds a decode
-step at 1 to 128 streams with no adapter, one, and a different one for each stream; prefill in tokens a second.
+step at 1 to 128 streams with no adapter, one, and a different one for each stream; prefill in tokens a second; time to
+the first token of a prompt of 128, alone and beside 16 streams that decode.
+
+    python perf/gpu_smoke.py --prefill-graph-tokens 512 --streams 1
+
+decides whether steps with prompt tokens should be graphs: the checks run with them, and first tokens are timed in one
+process with and without.
 """
 
 from __future__ import annotations
@@ -193,7 +199,8 @@ def check(path: Path, args: argparse.Namespace, dtype: str) -> list[dict[str, An
     results = []
     runs: dict[bool, Any] = {}
     for graphs in (False, True):
-        engine = Engine(path, cuda_graphs=graphs, dtype=dtype, adapter_pages=80)
+        engine = Engine(path, cuda_graphs=graphs, dtype=dtype, adapter_pages=80,
+                        prefill_graph_tokens=args.prefill_graph_tokens if graphs else 0)  # fmt: skip
         slots = engine.add_adapters([MIXED_RANKS[i % 5] for i in range(count // 2)])
         adapters = [slots[i // 2] if i % 2 else -1 for i in range(count)]
         mixed = engine.generate(prompts, adapters, length)
@@ -218,10 +225,11 @@ def check(path: Path, args: argparse.Namespace, dtype: str) -> list[dict[str, An
 
 
 def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
-    engine = Engine(path)
+    engine = Engine(path, prefill_graph_tokens=args.prefill_graph_tokens)
     info = engine.runner.info(engine.start_seconds)
     print(
-        f"start {engine.start_seconds:.1f} s, {info.num_blocks} blocks, graphs {info.cuda_graph_batch_sizes}",
+        f"start {engine.start_seconds:.1f} s, {info.num_blocks} blocks, graphs {info.cuda_graph_batch_sizes}, "
+        f"of prefills {info.prefill_graph_tokens}; attention of fresh prompts: {info.prefill_attention}",
         flush=True,
     )
     slots = engine.add_adapters([16] * max(8, *args.streams))
@@ -259,27 +267,51 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             rate = count * args.long_prompt / (time.perf_counter() - started)
             prefill.append({"streams": count, "adapters": kind, "tokens_s": rate})
             print(f"prefill {count} x {args.long_prompt} {kind:<13} {rate:,.0f} tokens/s", flush=True)
-    first = [
-        first_token(engine, kind, slot, vocab, args.profile)
-        for kind, slot in (("base", -1), ("adapter", slots[0]))
-    ]
-    result = {"start_s": engine.start_seconds, "decode": decode, "prefill": prefill, "first_token": first}
+    first = first_tokens(engine, slots[0], vocab, args.profile)
+    result = {"start_s": engine.start_seconds, "prefill_attention": info.prefill_attention, "decode": decode,
+              "prefill": prefill, "first_token": first}  # fmt: skip
     if args.profile:
         profile(engine, slots)
     engine.runner.close()
     return result
 
 
-def first_token(engine: Engine, kind: str, slot: int, vocab: int, profiled: bool) -> dict[str, Any]:
-    """One prompt of 128 tokens on an idle device: milliseconds to its first token, and of those the host's until the
-    step is launched."""
+def first_tokens(engine: Engine, adapter: int, vocab: int, profiled: bool) -> list[dict[str, Any]]:
+    """Prompts of 128 tokens, the base model's and an adapter's, alone and beside 16 streams: with graphs of such steps,
+    if there are any, and without."""
+    runner, entries = engine.runner, []
+    recorded = runner._prefill_graphs
+    for graphs in (None,) if recorded is None else (recorded, None):
+        runner._prefill_graphs = graphs
+        for kind, slot in (("base", -1), ("adapter", adapter)):
+            for beside in (0, 16):
+                entry = first_token(engine, slot, vocab, beside, profiled and not beside)
+                entries.append({"adapters": kind, "beside": beside, "graph": graphs is not None} | entry)
+                print(
+                    f"first token of 128, {kind}, beside {beside} streams, {'graph' if graphs else 'launches'}: "
+                    f"{entry['ms']:.2f} ms, {entry['host_ms']:.2f} of them the host's",
+                    flush=True,
+                )
+    runner._prefill_graphs = recorded
+    return entries
+
+
+def first_token(engine: Engine, slot: int, vocab: int, beside: int, profiled: bool) -> dict[str, float]:
+    """Milliseconds of a step with a prompt of 128 tokens and `beside` decodes, and of those the host's until the step
+    is launched."""
     rng = np.random.default_rng(2)
     whole, host = [], []
 
     def once() -> None:
-        (seq,) = engine.start([rng.integers(10, vocab, 128).tolist()], [slot], 2)
+        prompts = rng.integers(10, vocab, (beside + 1, 128)).tolist()
+        *others, seq = engine.start(prompts, [slot] * (beside + 1), 2)
+        if others:
+            engine.prefill(others)
+        items = [ScheduledSequence(other, other.num_computed, 1, True, 1) for other in others]
+        synchronize()
         started = time.perf_counter()
-        handle = engine.runner.launch(ScheduledBatch([ScheduledSequence(seq, 0, 128, True)], 128))
+        batch = ScheduledBatch([*items, ScheduledSequence(seq, 0, 128, True)], beside + 128)
+        handle = engine.runner.launch(batch)
         host.append(1e3 * (time.perf_counter() - started))
         handle.result()
         whole.append(1e3 * (time.perf_counter() - started))
@@ -290,12 +322,7 @@ def first_token(engine: Engine, kind: str, slot: int, vocab: int, profiled: bool
         recorder = cProfile.Profile()
         recorder.runcall(lambda: [once() for _ in range(5)])
         pstats.Stats(recorder).sort_stats("tottime").print_stats(14)
-    entry = {"adapters": kind, "ms": float(np.median(whole[2:12])), "host_ms": float(np.median(host[2:12]))}
-    print(
-        f"first token of 128, {kind}: {entry['ms']:.2f} ms, {entry['host_ms']:.2f} of them the host's",
-        flush=True,
-    )
-    return entry
+    return {"ms": float(np.median(whole[2:12])), "host_ms": float(np.median(host[2:12]))}
 
 
 def profile(engine: Engine, slots: list[int]) -> None:
@@ -325,6 +352,12 @@ def main() -> None:
     parser.add_argument("--check-streams", type=int, default=12)
     parser.add_argument("--check-tokens", type=int, default=24)
     parser.add_argument("--skip-check", action="store_true")
+    parser.add_argument(
+        "--prefill-graph-tokens",
+        type=int,
+        default=0,
+        help="the server's option; times first tokens with and without",
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
         "--lora", help='fields of the LoRA kernels\' configuration as JSON, such as {"shrink": "fused"}'
