@@ -106,18 +106,14 @@ class TorchModelRunner:
         self._fresh = self._choose_attention(report)
         self.decoder.fresh_attention = self._fresh.function
         self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
-        self._planner = SamplingPlanner(
-            self.model_config.vocab_size,
-            self.limits.max_num_seqs,
-            self.device,
-            WatermarkSettings(config.watermark_gamma, config.watermark_delta),
-        )
+        self._planner = self._make_planner()
         report("reserving the KV cache")
         self._cache = self._make_cache()
         self.limits = fit_limits(self.limits, config, self._cache.num_blocks)
         self._builder = self._make_builder(self.limits.max_total_tokens)
         # Sampling has as many rows of logits, so the memory for them is there.
         self._scorer = PromptScorer(self._head, self.limits.max_num_seqs, self._builder.upload)
+        self._ran_short = False
         self._graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         if self._recorder is not None:
@@ -131,6 +127,21 @@ class TorchModelRunner:
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Start one step; see `engine.protocols.ModelRunner.launch`."""
+        if (
+            self._ran_short
+        ):  # what the step that failed left behind may be in pieces too small for the next one
+            self._ran_short = False
+            torch.cuda.empty_cache()
+        try:
+            return self._launch(batch)
+        except torch.OutOfMemoryError as error:
+            self._ran_short = True
+            raise RuntimeError(
+                f"{self.device} ran out of memory in a step of {batch.num_tokens} tokens; if this happens again, lower "
+                f"cuda_memory_fraction or max_batch_tokens ({error})"
+            ) from error
+
+    def _launch(self, batch: ScheduledBatch) -> PendingStep:
         self._scorer.forget(batch.finished_slots)
         if self._graphs is not None and self._graphs.accepts(batch):
             return self._replay(batch.sequences, self._graphs)
@@ -288,6 +299,15 @@ class TorchModelRunner:
             vocab_size=self.model_config.vocab_size,
         )
 
+    def _make_planner(self) -> SamplingPlanner:
+        config = self._config
+        return SamplingPlanner(
+            self.model_config.vocab_size,
+            self.limits.max_num_seqs,
+            self.device,
+            WatermarkSettings(config.watermark_gamma, config.watermark_delta),
+        )
+
     def _make_cache(self) -> KvCache:
         config = self._config
         size = block_bytes(self.model_config, config.block_size, self.dtype)
@@ -300,18 +320,22 @@ class TorchModelRunner:
         return KvCache(self.model_config, num_blocks, config.block_size, self.dtype, self.device)
 
     def _measure_memory(self) -> CudaMemory:
-        """Run the largest step there is, on a cache of its own, and see what it takes."""
+        """Run the largest step there is, on a cache of its own, and see what it takes. It runs twice: what the first
+        leaves behind, such as workspaces and the table of occurrences, is no part of what each step takes."""
         batch = _largest_batch(self.limits, self._config.block_size)
         blocks = 1 + max(max(item.seq.block_table) for item in batch.sequences)
         cache = KvCache(self.model_config, blocks, self._config.block_size, self.dtype, self.device)
         self._builder = self._make_builder(self.limits.max_total_tokens)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        with torch.inference_mode():
-            self._step(self._builder.arrays(batch), cache).result()
+        before = 0
+        for _ in range(2):
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            with torch.inference_mode():
+                self._step(self._builder.arrays(batch), cache).result()
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del cache
+        self._planner = self._make_planner()  # its table is made when a request needs it
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         graphs = prefill_graph_bytes(
@@ -324,9 +348,24 @@ class TorchModelRunner:
 
 
 def _largest_batch(limits: Limits, block_size: int) -> ScheduledBatch:
-    """A step of `max_batch_tokens` prompt tokens in as many sequences as may run, all of which sample at random."""
+    """A step of `max_batch_tokens` prompt tokens in as many sequences as may run, all of which sample in all ways: each
+    takes memory of its own for every row of logits."""
     count = min(limits.max_num_seqs, limits.max_batch_tokens)
-    params = SamplingParams(max_new_tokens=1, do_sample=True, top_p=0.9, top_logprobs=5)
+    params = SamplingParams(
+        max_new_tokens=2,
+        min_new_tokens=1,
+        stop_token_ids=(0,),
+        do_sample=True,
+        temperature=0.9,
+        top_p=0.9,
+        typical_p=0.9,
+        repetition_penalty=1.1,
+        frequency_penalty=0.1,
+        presence_penalty=0.1,
+        top_logprobs=5,
+        watermark=True,
+        logit_bias=((0, 0.1),),
+    )
     items: list[ScheduledSequence] = []
     blocks = 0
     for slot in range(count):
