@@ -29,13 +29,15 @@ class Fault:
     """What happens to the next request whose 'METHOD path' contains `match`.
 
     `status` answers with an error; `cut` closes the connection after that many bytes; `hold` sends the headers and
-    one byte, then nothing more until it is set.
+    one byte, then nothing more until it is set; `trickle` sends a byte every 20 ms until it is set, so that no
+    connection ever seems dead.
     """
 
     match: str
     status: int | None = None
     cut: int | None = None
     hold: threading.Event | None = None
+    trickle: threading.Event | None = None
 
 
 class HubServer:
@@ -93,8 +95,7 @@ class HubServer:
         """See `Fault`."""
         with self._lock:
             self.faults += [Fault(match, **what) for _ in range(times)]
-            if what.get("hold") is not None:
-                self._holds.append(what["hold"])
+            self._holds += [what[name] for name in ("hold", "trickle") if what.get(name) is not None]
 
     def count(self, match: str) -> int:
         """How many requests had `match` in 'METHOD path'."""
@@ -218,9 +219,13 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.hold is not None:
             self.wfile.write(body[:1])
             self.wfile.flush()
-            fault.hold.wait(60)
+            fault.hold.wait(120)
             body = body[1:]
         try:
+            if fault is not None and fault.trickle is not None:
+                while len(body) > 1 and not fault.trickle.wait(0.02):
+                    self.wfile.write(body[:1])
+                    body = body[1:]
             self.wfile.write(body)
         except ConnectionError:
             self.close_connection = True

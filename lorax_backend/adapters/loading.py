@@ -226,7 +226,10 @@ class AdapterLoading:
             started = time.monotonic()
             fetched = source.fetch(ref, token)
             seconds = time.monotonic() - started
-            return fetched, inspect(fetched.folder), seconds
+            plan = inspect(fetched.folder)
+            if not remote and source.fetch(ref, token).revision != fetched.revision:
+                raise AdapterDownloadError(f"{record.ref} changed while it was looked at; try again")
+            return fetched, plan, seconds
 
         done = functools.partial(self._on_fetched, record)
         record.ticket = self.background.submit(record.ref, DOWNLOAD if remote else READ, work, done)

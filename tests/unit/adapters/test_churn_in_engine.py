@@ -16,7 +16,7 @@ from lorax_backend.engine.build import build_engine
 from lorax_backend.engine.core import EngineCore
 from lorax_backend.types import AdapterRef, EngineRequest, SamplingParams
 
-WAIT = 20.0
+WAIT = 60.0
 ADAPTERS, REQUESTS, TOKENS = 24, 120, 6
 
 

@@ -16,6 +16,7 @@ from adapter_files import Base, read_files
 from hub_server import HubServer
 
 from lorax_backend.adapters.arena import LoraArena
+from lorax_backend.adapters.checkpoint import inspect_adapter
 from lorax_backend.adapters.manager import AdapterManager
 from lorax_backend.config import ServerConfig
 from lorax_backend.errors import (
@@ -26,7 +27,7 @@ from lorax_backend.errors import (
 )
 from lorax_backend.types import AdapterRef
 
-WAIT = 20.0
+WAIT = 60.0
 
 
 class Server:
@@ -105,6 +106,24 @@ def test_a09_the_same_id_from_two_sources_is_two_adapters(
     assert len({server.manager.cache_key(ref) for ref in refs}) == 2
     pages = [server.arena.pages[server.arena.slot_pages[slot][0]] for slot in slots]
     assert not torch.equal(*pages)
+
+
+def test_a09_weights_that_change_between_their_naming_and_their_check_do_not_get_the_old_name(
+    make_server: Callable[..., Server], make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(seed=1)
+    changes = [2]
+
+    def meanwhile(*arguments: Any) -> Any:
+        if changes:
+            make_adapter(seed=changes.pop(), lora_alpha=3)
+        return inspect_adapter(*arguments)
+
+    monkeypatch.setattr("lorax_backend.adapters.manager.inspect_adapter", meanwhile)
+    server = make_server()
+    ref = AdapterRef("local", str(folder))
+    assert "changed" in server.error(ref).message
+    server.get(ref)
 
 
 def test_a10_records_of_adapters_nobody_needs_do_not_pile_up(
