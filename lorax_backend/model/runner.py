@@ -17,7 +17,6 @@ from lorax_backend.model.graphs import DecodeGraphs, graph_sizes
 from lorax_backend.model.kv_cache import KvCache, block_bytes
 from lorax_backend.model.limits import (
     CudaMemory,
-    Limits,
     fit_limits,
     plan_adapter_pages,
     plan_cpu_blocks,
@@ -30,12 +29,18 @@ from lorax_backend.model.prompt_scores import PromptScorer
 from lorax_backend.model.recorder import CudaGraphRecorder, GraphRecorder
 from lorax_backend.model.sampler import sample
 from lorax_backend.model.sampling_plan import SamplingPlanner
+from lorax_backend.model.startup import (
+    check_backends,
+    choose_attention,
+    largest_batch,
+    pick_device,
+    pick_dtype,
+)
 from lorax_backend.model.step import PendingStep
-from lorax_backend.model.varlen import FreshAttention, HeadLayout, choose
 from lorax_backend.model.watermark import WatermarkSettings
 from lorax_backend.model.weights import ModelWeights, dummy_weights, load_weights
-from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
-from lorax_backend.types import EngineInfo, SamplingParams
+from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence
+from lorax_backend.types import EngineInfo
 from lorax_kernels.layout import PAGE_RANK
 
 log = logging.getLogger(__name__)
@@ -68,10 +73,10 @@ class TorchModelRunner:
         self._config = config
         self._model_path = Path(model_path)
         report = progress or (lambda text: None)
-        self.device = _pick_device(config.device)
+        self.device = pick_device(config.device)
         self.model_config = ModelConfig.from_folder(self._model_path)
-        self.dtype = _pick_dtype(config.dtype, self.model_config, self.device)
-        _check_backends(config, self.device)
+        self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
+        check_backends(config, self.device)
         on_cuda = self.device.type == "cuda"
         self._prefill_sizes = prefill_graph_sizes(config.prefill_graph_tokens)
         self._recorder = recorder or (
@@ -103,7 +108,9 @@ class TorchModelRunner:
         self.decoder = Decoder(
             self.model_config, self.weights, self.layout, self.arena.pages, self.limits.max_total_tokens
         )
-        self._fresh = self._choose_attention(report)
+        self._fresh = choose_attention(
+            config, self.model_config, self.dtype, self.device, self.limits.max_batch_tokens, report
+        )
         self.decoder.fresh_attention = self._fresh.function
         self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
         self._planner = self._make_planner()
@@ -127,9 +134,8 @@ class TorchModelRunner:
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> PendingStep:
         """Start one step; see `engine.protocols.ModelRunner.launch`."""
-        if (
-            self._ran_short
-        ):  # what the step that failed left behind may be in pieces too small for the next one
+        if self._ran_short:
+            # What the step that failed left behind may be in pieces too small for the next one.
             self._ran_short = False
             torch.cuda.empty_cache()
         try:
@@ -208,21 +214,6 @@ class TorchModelRunner:
             weights = load_weights(self._model_path, self.model_config, self.dtype, self.device, report)
         weights.pack()
         return weights
-
-    @torch.inference_mode()
-    def _choose_attention(self, report: Progress) -> FreshAttention:
-        model = self.model_config
-        layout = HeadLayout(
-            model.num_heads, model.num_kv_heads, model.head_dim, tuple(dict.fromkeys(model.layer_windows)), self.dtype,
-            self.device, self._config.block_size,
-        )  # fmt: skip
-        if self.device.type == "cpu":
-            return choose("torch", layout, self.limits.max_batch_tokens)
-        report("comparing attention implementations")
-        choice = choose(self._config.attention, layout, self.limits.max_batch_tokens)
-        torch.cuda.empty_cache()  # what was tried on is the KV cache's
-        report(f"attention of fresh prompts: {choice.description}")
-        return choice
 
     def _step(self, step: StepArrays, cache: KvCache) -> PendingStep:
         inputs = self._builder.build(step, self._last_token)
@@ -322,7 +313,7 @@ class TorchModelRunner:
     def _measure_memory(self) -> CudaMemory:
         """Run the largest step there is, on a cache of its own, and see what it takes. It runs twice: what the first
         leaves behind, such as workspaces and the table of occurrences, is no part of what each step takes."""
-        batch = _largest_batch(self.limits, self._config.block_size)
+        batch = largest_batch(self.limits, self._config.block_size)
         blocks = 1 + max(max(item.seq.block_table) for item in batch.sequences)
         cache = KvCache(self.model_config, blocks, self._config.block_size, self.dtype, self.device)
         self._builder = self._make_builder(self.limits.max_total_tokens)
@@ -345,71 +336,3 @@ class TorchModelRunner:
             self.arena.max_pages_per_slot,
         )
         return CudaMemory(free, total, peak, self._planner.table_bytes, graphs if self._recorder else 0)
-
-
-def _largest_batch(limits: Limits, block_size: int) -> ScheduledBatch:
-    """A step of `max_batch_tokens` prompt tokens in as many sequences as may run, all of which sample in all ways: each
-    takes memory of its own for every row of logits."""
-    count = min(limits.max_num_seqs, limits.max_batch_tokens)
-    params = SamplingParams(
-        max_new_tokens=2,
-        min_new_tokens=1,
-        stop_token_ids=(0,),
-        do_sample=True,
-        temperature=0.9,
-        top_p=0.9,
-        typical_p=0.9,
-        repetition_penalty=1.1,
-        frequency_penalty=0.1,
-        presence_penalty=0.1,
-        top_logprobs=5,
-        watermark=True,
-        logit_bias=((0, 0.1),),
-    )
-    items: list[ScheduledSequence] = []
-    blocks = 0
-    for slot in range(count):
-        length = min(limits.max_batch_tokens // count, limits.max_input_length)
-        seq = Sequence(slot, length, params, None, 0, 0.0, token_ids=[0] * length, slot=slot)
-        needed = -(-length // block_size)
-        seq.block_table = list(range(blocks, blocks + needed))
-        blocks += needed
-        items.append(ScheduledSequence(seq, 0, length, sample=True))
-    return ScheduledBatch(items, sum(item.count for item in items))
-
-
-def _pick_device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("device is cuda, but torch finds no usable GPU; set device to cpu or auto")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _pick_dtype(name: str, model: ModelConfig, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = model.torch_dtype if device.type == "cuda" else "float32"
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _check_backends(config: ServerConfig, device: torch.device) -> None:
-    if config.prefill_graph_tokens and not config.cuda_graphs:
-        raise ValueError(
-            f"prefill_graph_tokens is {config.prefill_graph_tokens}, but cuda_graphs is off; turn that on, or set "
-            "prefill_graph_tokens to 0"
-        )
-    native = "triton" if device.type == "cuda" else "torch"
-    fresh = (
-        ("torch_varlen", "flash_attn") if device.type == "cuda" else ()
-    )  # these are looked at more closely later
-    for option, value, others in (
-        ("attention", config.attention, fresh),
-        ("lora_kernels", config.lora_kernels, ()),
-    ):
-        if value not in ("auto", native, *others):
-            raise ValueError(
-                f"{option} is {value}, which cannot be had on {device.type}; use auto or {native}"
-            )

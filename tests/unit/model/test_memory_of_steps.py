@@ -12,8 +12,8 @@ import torch
 from model_driver import ModelDriver
 
 from lorax_backend.model.limits import Limits
-from lorax_backend.model.runner import _largest_batch
 from lorax_backend.model.sampler import SamplingInputs
+from lorax_backend.model.startup import largest_batch
 from lorax_backend.types import SamplingParams
 
 _LIMITS = Limits(max_input_length=40, max_total_tokens=50, max_num_seqs=8, max_batch_tokens=100)
@@ -25,7 +25,7 @@ def driver(tiny_model_path: Callable[..., Path]) -> ModelDriver:
 
 
 def test_the_step_that_is_measured_fills_the_budget_with_as_many_sequences_as_may_run() -> None:
-    batch = _largest_batch(_LIMITS, block_size=4)
+    batch = largest_batch(_LIMITS, block_size=4)
     assert len(batch.sequences) == 8
     assert batch.num_tokens == 8 * 12
     assert all(item.sample for item in batch.sequences)
@@ -46,7 +46,7 @@ def test_the_step_that_is_measured_samples_in_every_way_there_is(
         return drawn[-1]
 
     monkeypatch.setattr(planner, "plan", note)
-    result = driver.runner.launch(_largest_batch(_LIMITS, block_size=4)).result()
+    result = driver.runner.launch(largest_batch(_LIMITS, block_size=4)).result()
     assert len(result.token_ids) == 8
     [inputs] = drawn
     for part in fields(SamplingInputs):
