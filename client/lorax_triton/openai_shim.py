@@ -283,6 +283,9 @@ async def _handle(request: Any, body: bytes, backend: ClientBackend) -> Answer:
         raise _httpx.ConnectError(str(answer.cause), request=request) from answer.cause
     if isinstance(answer.cause, RequestTimeoutError):
         raise _httpx.ReadTimeout(str(answer.cause), request=request) from answer.cause
+    given = headers.get("x-request-id")
+    if given:
+        answer.headers["x-request-id"] = given  # as the gateway does
     return answer
 
 

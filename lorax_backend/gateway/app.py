@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lorax_backend.gateway.config import GatewayConfig
 from lorax_backend.gateway.counters import Counters
 from lorax_backend.gateway.errors import HttpError, error_response, from_lorax_error
+from lorax_backend.gateway.openai import refusal as openai_refusal
 from lorax_backend.gateway.openapi import docs, openapi_json, playground
 from lorax_backend.gateway.pool import Pool
 from lorax_backend.gateway.routes import counted_as, starlette_routes
@@ -132,12 +133,16 @@ async def _on_lorax_error(request: Request, error: Exception) -> Response:
 async def _on_framework_error(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: unknown paths, wrong methods."""
     assert isinstance(error, HTTPException)
-    words = http.HTTPStatus(error.status_code).phrase.lower()
+    path = request.url.path
+    words = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     message = {
-        404: f"no route {request.url.path}; GET /docs lists them",
-        405: f"{request.method} is not allowed for {request.url.path}",
+        404: f"no route {path}; GET /docs lists them",
+        405: f"{request.method} is not allowed for {path}",
     }.get(error.status_code, str(error.detail))
-    return error_response(HttpError(error.status_code, words.replace(" ", "_"), message, error.headers))
+    if path.startswith("/v1/") and not path.endswith("load_lora_adapter"):
+        code = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code, words)
+        return openai_refusal(HttpError(error.status_code, code, message, error.headers))
+    return error_response(HttpError(error.status_code, words, message, error.headers))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

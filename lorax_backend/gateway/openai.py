@@ -62,7 +62,7 @@ async def openai_route(request: Request) -> Response | EventStream:
             require_json(request)
             body = await read_body(request, state.config)
     except HttpError as error:
-        return _refusal(error)
+        return refusal(error)
     headers = _headers(request, state)
     work = handle(request.method, request.url.path, headers, body, PoolBackend(state))
     answer: Answer = await until_disconnect(request.receive, work, state.counters)
@@ -82,7 +82,8 @@ def _headers(request: Request, state: GatewayState) -> dict[str, str]:
     return headers
 
 
-def _refusal(error: HttpError) -> Response:
+def refusal(error: HttpError) -> Response:
+    """An error of the gateway's own in OpenAI's shape."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     answer = ApiError(error.message, code=error.error_type, status=error.status, kind=kind).answer()
     response = error_response(error)

@@ -317,3 +317,22 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path) -> None:
         read_keys("KEYS", str(file), {})
     with pytest.raises(ValueError, match="cannot read keys"):
         read_keys("KEYS", str(tmp_path / "none"), {})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/files", 404, "unknown_url"),
+        ("POST", "/v1/moderations", 404, "unknown_url"),
+        ("GET", "/v1/chat/completions", 405, "method_not_supported"),
+        ("DELETE", "/v1/models/a/b", 405, "method_not_supported"),
+    ],
+)
+def test_paths_below_v1_that_are_not_there_are_refused_in_openais_words(
+    start: StartGateway, method: str, path: str, status: int, code: str
+) -> None:
+    told = start(FakeTriton()).call(method, path)
+    error = told.json["error"]
+    assert (told.status, error["code"], error["type"]) == (status, code, "invalid_request_error")
+    assert path in error["message"]
+    assert told.headers["x-request-id"]

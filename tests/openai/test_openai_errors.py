@@ -59,13 +59,16 @@ def test_the_field_at_fault_has_openais_name() -> None:
     for message, param in (
         ("top_k: must be at least -1", "top_k"),
         ("stop_words (in sampling_parameters): a stop string must not be empty", "stop"),
-        ("text_input: the prompt has no tokens", "prompt"),
+        ("text_input: the prompt has no tokens", "messages"),
         ("input_ids[3]: -1 is not a token of this model", "prompt[3]"),
         ("The server is confused: badly", None),
     ):
         told = chat(failing(server_error("validation", 422, message)))
         assert told.error["param"] == param
         assert "sampling_parameters" not in told.error["message"]
+        assert param is None or told.error["message"].startswith(param)
+    told = complete(failing(server_error("validation", 422, "text_input: the prompt has no tokens")))
+    assert (told.error["param"], told.error["message"]) == ("prompt", "prompt: the prompt has no tokens")
 
 
 def test_what_the_client_itself_cannot_send_is_the_callers_fault() -> None:

@@ -18,6 +18,7 @@ import openai
 import pytest
 
 CLIENT = Path(__file__).parents[2] / "client"
+OLDEST_PROGRAM = Path(__file__).parent / "oldest_openai_program.py"
 OLDEST = ("openai==1.0.0", "httpx<0.28", "pydantic>=2", "tritonclient[grpc]>=2.50", "numpy<2")
 LANGCHAIN = ("langchain-openai>=1.0",)
 LLM = ("llm>=0.27",)
@@ -79,49 +80,23 @@ def expected(client: openai.OpenAI, **fields: Any) -> str:
     return str(answer.choices[0].message.content)
 
 
-OLDEST_PROGRAM = """
-import json, sys
-import openai
-from lorax_triton import OpenAI
-
-http, grpc = sys.argv[1:]
-told = {"version": openai.__version__, "texts": []}
-for client in (openai.OpenAI(base_url=http, api_key="EMPTY", max_retries=0), OpenAI(base_url=grpc, max_retries=0)):
-    request = dict(model="", messages=[{"role": "user", "content": "Hi"}], temperature=0, max_tokens=8)
-    answer = client.chat.completions.create(**request)
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    told["texts"].append(answer.choices[0].message.content)
-    chunks = list(client.chat.completions.create(**request, stream=True))
-    told["texts"].append("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
-    raw = client.chat.completions.with_raw_response.create(**request)
-    told["texts"].append(raw.parse().choices[0].message.content)
-    completion = client.completions.create(model="", prompt=["Hi", "Ho"], max_tokens=4, logprobs=1, echo=True, n=2)
-    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
-    assert all(choice.text[:1] == "H" for choice in completion.choices)
-    assert client.models.list().data[0].object == "model"
-    try:
-        client.chat.completions.create(**{**request, "model": "no/such"})
-    except openai.NotFoundError as error:
-        told["code"] = error.response.json()["error"]["code"]
-    try:
-        client.with_options(timeout=0.2).completions.create(
-            model="", prompt="Hi", max_tokens=1500, extra_body={"ignore_eos_token": True}
-        )
-    except openai.APITimeoutError:
-        told["timeout"] = True
-    client.close()
-print(json.dumps(told))
-"""
-
-
 def test_the_oldest_package_of_the_1_line_gets_the_same_over_http_and_grpc(
-    run: Run, ways: Any, http_client: openai.OpenAI
+    run: Run, ways: Any, http_client: openai.OpenAI, adapter: str, tiny_model: str
 ) -> None:
-    told = json.loads(run(OLDEST, "-c", OLDEST_PROGRAM, ways.http, ways.grpc, PYTHONPATH=str(CLIENT)))
-    assert told["version"] == "1.0.0"
-    assert told["texts"] == [expected(http_client)] * 6
-    assert told["code"] == "model_not_found"
-    assert told["timeout"]
+    arguments = (ways.http, ways.grpc, adapter, tiny_model)
+    told = json.loads(run(OLDEST, str(OLDEST_PROGRAM), *arguments, PYTHONPATH=str(CLIENT)))
+    assert told.pop("version") == "1.0.0"
+    text = expected(http_client)
+    assert told.pop("retries") == [3, 1]
+    assert told.pop("module") == text
+    for name in ("chats", "chat_streams", "raw_responses", "headers_and_copies"):
+        assert told[name] == [text] * 2, name
+    assert told["asynchronous"] == [[text] * 4] * 2
+    assert [param for param, _ in told["errors"][0]] == [
+        "model", "temperature", "messages", "messages", "functions", "suffix", "top_p", "model", None, None,
+    ]  # fmt: skip
+    for name, (over_http, over_grpc) in told.items():
+        assert over_http == over_grpc, name
 
 
 LANGCHAIN_PROGRAM = """

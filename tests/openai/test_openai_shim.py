@@ -126,6 +126,8 @@ def test_raw_responses_have_status_headers_and_what_they_parse_to(shim: lorax_tr
     assert raw.headers["content-type"] == "application/json"
     assert raw.headers["x-request-id"]
     assert text_of(raw.parse()) == text_of(shim.chat.completions.create(**SHORT))
+    named = shim.chat.completions.with_raw_response.create(**SHORT, extra_headers={"x-request-id": "mine"})
+    assert named.headers["x-request-id"] == "mine"
 
 
 def test_threads_share_a_client(shim: lorax_triton.OpenAI) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from lorax_triton.errors import LoraxError
 from lorax_triton.openai_api.answer import Answer, json_answer
 from lorax_triton.openai_api.backend import Backend, Call
 from lorax_triton.openai_api.chat_choice import ChatChoice
-from lorax_triton.openai_api.errors import ApiError
+from lorax_triton.openai_api.errors import ApiError, from_lorax
 from lorax_triton.openai_api.events import stream_events
 from lorax_triton.openai_api.fields import Fields
 from lorax_triton.openai_api.generation import (
@@ -122,8 +124,8 @@ async def answer_chat(
             events = _chunks(request, identity, calls, backend)
             return await stream_events(events, request.generation.include_usage)
         return json_answer(await _completion(request, identity, calls, backend))
-    except Exception as error:
-        raise _about_tool_choice(error) if request.tools.forced else error from error
+    except LoraxError as error:
+        raise _in_words_of_chats(error, request.tools.forced) from error
 
 
 async def _calls(request: ChatRequest, identity: Identity, backend: Backend) -> list[Call]:
@@ -192,15 +194,14 @@ async def _chunks(
     yield identity.envelope(CHUNK, []) | {"usage": usage([[choice.details for choice in choices]])}
 
 
-def _about_tool_choice(error: Exception) -> Exception:
-    """A forced call travels as a response format; errors speak of what the caller sent."""
-    from lorax_triton.errors import LoraxError
-    from lorax_triton.openai_api.errors import from_lorax
-
-    if not isinstance(error, LoraxError):
-        return error
+def _in_words_of_chats(error: LoraxError, forced: bool) -> ApiError:
+    """The server's error with what the caller sent for what became of it: a chat travels as a prompt, a forced call as
+    a response format."""
     result = from_lorax(error)
-    if result.param == "response_format":
+    if result.param == "prompt":
+        result.param = "messages"
+        result.message = re.sub("^prompt:", "messages:", result.message)
+    if forced and result.param == "response_format":
         result.param = "tool_choice"
         result.message = f"tool_choice: forcing a call needs constrained output. {result.message}"
     return result

@@ -83,7 +83,10 @@ def from_lorax(error: LoraxError) -> ApiError:
     found = _FIELD.match(message)
     if found and status == 400:
         name = found[1] or found[3]
-        param = _FIELD_NAMES.get(name, name) + (found[2] or "")
+        known = _FIELD_NAMES.get(name, name)
+        param = known + (found[2] or "")
+        if found[1]:
+            message = known + message[len(name) :]
     if status == 400 and any(option in message for option in _TOO_LONG):
         code = "context_length_exceeded"
     result = ApiError(message, param, code, status, word)
