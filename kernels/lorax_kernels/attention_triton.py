@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from lorax_kernels.metadata import AttentionBatch, IntArray
+from lorax_kernels.sizes import cdiv, next_power_of_2
 from lorax_kernels.tuning import AttentionConfig, attention_config, launch_options, node_config
 
 _LOG2E = 1.4426950408889634
@@ -230,8 +231,8 @@ def write_kv(
     for tensor in (k, v):
         if tensor.stride(2) != 1 or tensor.stride(1) != k.shape[2]:
             raise ValueError("write_kv: the heads of one token must be contiguous")
-    block = min(1024, triton.next_power_of_2(width))
-    _write_kv_kernel[(k.shape[0], triton.cdiv(width, block))](
+    block = min(1024, next_power_of_2(width))
+    _write_kv_kernel[(k.shape[0], cdiv(width, block))](
         k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), WIDTH=width, BLOCK=block, num_warps=2
     )
 
@@ -269,7 +270,7 @@ def _decode(
     k_cache, v_cache = caches
     heads, dim = k_cache.shape[2], k_cache.shape[3]
     group = q.shape[1] // heads
-    block_g, block_d = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(dim)
+    block_g, block_d = max(16, next_power_of_2(group)), next_power_of_2(dim)
     splits = _decode_splits(batch.num_decodes * heads, config.waves * _num_sms(q.device.index))
     space = _workspace(q.device, batch.num_decodes * heads, splits, block_g, block_d)
     pdl = node_config(q.device.index).pdl
@@ -296,7 +297,7 @@ def _prefill(
     k_cache, v_cache = caches
     heads, dim = k_cache.shape[2], k_cache.shape[3]
     group = q.shape[1] // heads
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     wide = _is_wide(block_d, q.dtype)
     block_m = 64 if wide else config.prefill_block_m
     tiles = _prefill_tiles(batch, group, block_m, q.device) if batch.fixed is None else batch.fixed.tiles
@@ -318,7 +319,7 @@ def _block_n(wanted: int, block_d: int, dtype: torch.dtype) -> int:
 def _decode_splits(cells: int, programs: int) -> int:
     """Programs a (sequence, key head) pair's context may be split over: a power of two, about `programs` in all."""
     wanted = max(1, programs // max(cells, 1))
-    return max(2, min(_MAX_SPLITS, triton.next_power_of_2(wanted)))
+    return max(2, min(_MAX_SPLITS, next_power_of_2(wanted)))
 
 
 def _is_wide(block_d: int, dtype: torch.dtype) -> bool:
@@ -327,7 +328,7 @@ def _is_wide(block_d: int, dtype: torch.dtype) -> bool:
 
 def tile_rows(num_decodes: int, head_dim: int, dtype: torch.dtype, device: int | None) -> int:
     """Packed rows, (token, query head of the group) pairs, of a prefill tile in a batch of `num_decodes` decodes."""
-    if _is_wide(triton.next_power_of_2(head_dim), dtype):
+    if _is_wide(next_power_of_2(head_dim), dtype):
         return 64
     return attention_config(num_decodes, device).prefill_block_m
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorax_kernels.sizes import cdiv, next_power_of_2
 from lorax_kernels.tuning import launch_options, node_config
 
 
@@ -149,13 +150,13 @@ def rms_norm(
 
 def norm_shape(width: int) -> tuple[int, int]:
     """Columns and warps of a program that norms a row of `width`."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return block, max(1, min(16, block // 512))
 
 
 def silu_block(width: int) -> int:
     """Columns of a program of SiLU and multiplication, which has 4 warps."""
-    return min(1024, triton.next_power_of_2(width))
+    return min(1024, next_power_of_2(width))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     block, pdl = silu_block(width), node_config(gate_up.device.index).pdl
-    _silu_mul_kernel[(rows, triton.cdiv(width, block))](
+    _silu_mul_kernel[(rows, cdiv(width, block))](
         gate_up, y, gate_up.stride(0), WIDTH=width, BLOCK=block, PDL=pdl, num_warps=4, **launch_options(pdl)
     )
     return y
@@ -184,10 +185,10 @@ def rope_and_cache(
     dim = k_cache.shape[3]
     q = torch.empty(qkv.shape[0], heads[0], dim, dtype=qkv.dtype, device=qkv.device)
     block_h, pdl = 8, node_config(qkv.device.index).pdl
-    _rope_cache_kernel[(qkv.shape[0], triton.cdiv(heads[0] + 2 * heads[1], block_h))](
+    _rope_cache_kernel[(qkv.shape[0], cdiv(heads[0] + 2 * heads[1], block_h))](
         qkv, positions, cos, sin, norms[0] if norms else qkv, norms[1] if norms else qkv, slot_mapping, q,
         k_cache, v_cache, qkv.stride(0), cos.stride(0), eps,
-        HEADS=heads[0], KV_HEADS=heads[1], D=dim, BLOCK_D=triton.next_power_of_2(dim // 2), BLOCK_H=block_h,
+        HEADS=heads[0], KV_HEADS=heads[1], D=dim, BLOCK_D=next_power_of_2(dim // 2), BLOCK_H=block_h,
         QK_NORM=norms is not None, PDL=pdl, num_warps=2, **launch_options(pdl),
     )  # fmt: skip
     return q

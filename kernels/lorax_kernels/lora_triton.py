@@ -24,6 +24,7 @@ from lorax_kernels.expand_kernels import bgmv_expand_kernel, sgmv_expand_kernel
 from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
+from lorax_kernels.sizes import next_power_of_2
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
 
@@ -112,7 +113,7 @@ def shrink(
         unit_columns = work.shape.unit_pages * columns
         sgmv_shrink_kernel[(work.num_units * planes.shape[0],)](
             *arguments, K=in_features, COLUMNS=columns, UNIT_PAGES=work.shape.unit_pages,
-            BLOCK_M=work.shape.block_rows, BLOCK_N=max(16, triton.next_power_of_2(unit_columns)),
+            BLOCK_M=work.shape.block_rows, BLOCK_N=max(16, next_power_of_2(unit_columns)),
             BLOCK_K=config.prefill_block_k, SPLITS=planes.shape[0], STAGES=config.prefill_stages,
             num_warps=config.prefill_shrink_warps, num_stages=1,
         )  # fmt: skip
