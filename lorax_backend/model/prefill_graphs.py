@@ -264,9 +264,10 @@ class PrefillGraphs:
             num_decodes=shape.sequences,
             max_query=size,
             max_context=self._builder.max_blocks * self._builder.block_size,
-            query_start_host=np.arange(shape.sequences + 1, dtype=np.int32),
-            context_lens_host=np.zeros(shape.sequences, dtype=np.int32),
-            block_tables_host=np.zeros((shape.sequences, 1), dtype=np.int32),
+            # With nobody's sequence, there are more than decodes: nothing may take this for a decode step.
+            query_start_host=np.arange(shape.sequences + 2, dtype=np.int32),
+            context_lens_host=np.zeros(shape.sequences + 1, dtype=np.int32),
+            block_tables_host=np.zeros((shape.sequences + 1, 1), dtype=np.int32),
             fixed=FixedAttention(
                 inputs.part(data, "decode_contexts", shape.sequences),
                 inputs.part(data, "tiles", shape.tiles),

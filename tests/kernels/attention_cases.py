@@ -45,9 +45,9 @@ def fixed_batch(
         num_decodes=sequences,
         max_query=rows,
         max_context=0,
-        query_start_host=np.arange(sequences + 1, dtype=np.int32),
-        context_lens_host=np.zeros(sequences, dtype=np.int32),
-        block_tables_host=np.zeros((sequences, 1), dtype=np.int32),
+        query_start_host=np.arange(sequences + 2, dtype=np.int32),
+        context_lens_host=np.zeros(sequences + 1, dtype=np.int32),
+        block_tables_host=np.zeros((sequences + 1, 1), dtype=np.int32),
         fixed=FixedAttention(zeros(sequences), zeros(tiles, 2)),
     )
 
