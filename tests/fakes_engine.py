@@ -281,6 +281,7 @@ class FakeRunner:
     fail_launch: set[int] = field(default_factory=set)
     fail_result: set[int] = field(default_factory=set)
     step_seconds: float = 0.0
+    is_lost: bool = False
     launches: int = 0
     closed: bool = False
     batches: list[list[tuple[int, int]]] = field(default_factory=list)
@@ -298,6 +299,10 @@ class FakeRunner:
     @property
     def num_blocks(self) -> int:
         return self.settings.num_blocks
+
+    def check_device(self) -> None:
+        if self.is_lost:
+            raise RuntimeError("the device is lost")
 
     def close(self) -> None:
         self.closed = True
@@ -446,13 +451,23 @@ def make_request(
     return EngineRequest(handle, list(prompt), sampling, ref, None, priority, queue_timeout_s)
 
 
+class _FaultyProvider(FakeProvider):
+    def poll(self) -> list[AdapterFailure]:
+        if self.num_wanted:
+            raise RuntimeError("the table of adapters is torn")
+        return super().poll()
+
+
 @dataclass(frozen=True)
 class FakeEngineBuilder:
-    """Builds an engine of fakes, also in a spawned process. `fault` makes the builder raise or exit."""
+    """Builds an engine of fakes, also in a spawned process. `fault` makes the builder raise or exit, or the adapters'
+    poll raise once a request has come ("poll"), or the device be lost with the first step that fails ("device")."""
 
     fault: str = ""
     step_seconds: float = 0.0
     fail_result: tuple[int, ...] = ()
+    fail_launch: tuple[int, ...] = ()
+    depth: int = 1
     progress: tuple[str, ...] = ("loading weights 1/2", "loading weights 2/2")
 
     def __call__(self, progress: Callable[[str], None]) -> BuiltEngine:
@@ -467,10 +482,17 @@ class FakeEngineBuilder:
         )
         late = FakeAdapter(polls=None)
         provider = FakeProvider({"falcon": FakeAdapter(), "otter": FakeAdapter(), "late": late})
+        if self.fault == "poll":
+            provider = _FaultyProvider(provider.adapters)
         runner = FakeRunner(
-            settings, provider, fail_result=set(self.fail_result), step_seconds=self.step_seconds
+            settings,
+            provider,
+            fail_launch=set(self.fail_launch),
+            fail_result=set(self.fail_result),
+            step_seconds=self.step_seconds,
+            is_lost=self.fault == "device",
         )
-        core = EngineCore(runner, provider, EngineSettings(settings))
+        core = EngineCore(runner, provider, EngineSettings(settings, self.depth))
         return BuiltEngine(core, fake_info(settings))
 
 

@@ -102,7 +102,7 @@ class EngineCore:
         """Compute one step, or read one: the new tokens, and ends of sequences.
 
         Raises:
-            EngineDeadError: too many steps in a row failed.
+            EngineDeadError: too many steps in a row failed, or the device was lost.
         """
         outputs = self._end_requests_without_adapter()
         batch = self.scheduler.schedule()
@@ -226,6 +226,15 @@ class EngineCore:
             batches.append(batch)
         return batches
 
+    def _check_device(self, reason: str) -> None:
+        try:
+            self._runner.check_device()
+        except Exception as error:
+            raise EngineDeadError(
+                f"the device cannot be used any more ({type(error).__name__}: {error}), since a step failed with "
+                f"{reason}"
+            ) from error
+
     def _step_failed(self, error: Exception, batch: ScheduledBatch) -> LoraxError:
         self._num_failures += 1
         _log.exception("step of %d sequences and %d tokens failed", len(batch.sequences), batch.num_tokens)
@@ -234,4 +243,6 @@ class EngineCore:
             raise EngineDeadError(
                 f"{self._num_failures} steps in a row failed, the last with {reason}"
             ) from error
+        if not self._in_flight:
+            self._check_device(reason)
         return GenerationError(f"the step that computed this request failed: {reason}")

@@ -44,6 +44,10 @@ class ModelRunner(Protocol):
         """Start one step; returns as soon as the device has its work. Reads, never writes, the sequences."""
         ...
 
+    def check_device(self) -> None:
+        """Called after a step that failed, when none is in flight: raises if no other could succeed, whatever it is."""
+        ...
+
     def close(self) -> None:
         """Free the device memory."""
         ...

@@ -156,6 +156,11 @@ class TorchModelRunner:
             return self._finish(self._builder.outputs(step), self._prefill_graphs.replay(step))
         return self._step(step, self._cache)
 
+    def check_device(self) -> None:
+        """See `engine.protocols.ModelRunner.check_device`: a CUDA context is lost with the first kernel that fails."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def info(self, load_seconds: float) -> EngineInfo:
         """Facts about this runner; `load_seconds` is what the caller measured."""
         config, limits = self._config, self.limits

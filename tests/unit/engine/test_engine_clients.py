@@ -8,95 +8,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes_engine import FakeEngineBuilder, FakeProvider, expected_answer, make_request
+from fakes_engine import FakeEngineBuilder, make_request
+from recording_owner import RecordingOwner
 
 from lorax_backend.engine.client import EngineClientBase
-from lorax_backend.engine.loop import InProcessEngine
 from lorax_backend.engine.process import ProcessEngine, python_executable
 from lorax_backend.errors import EngineDeadError, ValidationError
-from lorax_backend.types import EngineRequest, EngineStats, TokenOutput
+from lorax_backend.types import TokenOutput
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 _FOREVER = {"max_new_tokens": 3900, "prompt": [1]}
 
 
-@dataclass
-class RecordingOwner:
-    """EngineEvents that remember everything and let a test wait for it."""
-
-    outputs: list[TokenOutput] = field(default_factory=list)
-    stats: list[EngineStats] = field(default_factory=list)
-    deaths: list[str] = field(default_factory=list)
-    threads: set[int] = field(default_factory=set)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def on_outputs(self, outputs: list[TokenOutput]) -> None:
-        self._note(lambda: self.outputs.extend(outputs))
-
-    def on_stats(self, stats: EngineStats) -> None:
-        self._note(lambda: self.stats.append(stats))
-
-    def on_dead(self, reason: str) -> None:
-        self._note(lambda: self.deaths.append(reason))
-
-    def wait(self, condition: Callable[[], Any]) -> None:
-        with self.changed:
-            assert self.changed.wait_for(condition, _TIMEOUT_S), (
-                self.outputs[-5:],
-                self.stats[-1:],
-                self.deaths,
-            )
-
-    def of(self, handle: int) -> list[TokenOutput]:
-        return [output for output in self.outputs if output.handle == handle]
-
-    def is_over(self, handle: int) -> bool:
-        return any(output.finish_reason or output.error for output in self.of(handle))
-
-    def assert_answered(self, request: EngineRequest) -> None:
-        key = FakeProvider.key(request.adapter.id) if request.adapter else ""
-        outputs = self.of(request.handle)
-        assert ([output.token_id for output in outputs], outputs[-1].finish_reason) == expected_answer(
-            request, key
-        )
-
-    def _note(self, change: Callable[[], None]) -> None:
-        with self.changed:
-            self.threads.add(threading.get_ident())
-            change()
-            self.changed.notify_all()
-
-
 Start = Callable[..., tuple[EngineClientBase, RecordingOwner]]
-
-
-@pytest.fixture(params=[InProcessEngine, ProcessEngine])
-def engine_class(request: pytest.FixtureRequest) -> type[Any]:
-    return request.param
-
-
-@pytest.fixture
-def start(engine_class: type[Any]) -> Iterator[Start]:
-    """Start an engine of fakes; the options are those of FakeEngineBuilder."""
-    engines: list[EngineClientBase] = []
-
-    def start_engine(
-        owner: RecordingOwner | None = None, **options: Any
-    ) -> tuple[EngineClientBase, RecordingOwner]:
-        owner = owner or RecordingOwner()
-        engines.append(engine_class(replace(FakeEngineBuilder(), **options)))
-        engines[-1].start(owner)
-        return engines[-1], owner
-
-    yield start_engine
-    for engine in engines:
-        engine.stop()
 
 
 def ask_until_refused(engine: EngineClientBase, timeout: float) -> None:
@@ -363,7 +292,7 @@ _ORPHAN_SCRIPT = """
 import os, sys, threading
 sys.path[:0] = {paths!r}
 from fakes_engine import FakeEngineBuilder
-from test_engine_clients import RecordingOwner
+from recording_owner import RecordingOwner
 from lorax_backend.engine.process import ProcessEngine
 engine = ProcessEngine(FakeEngineBuilder())
 # Started from a thread that ends: the child must outlive that thread, but not the process.
@@ -381,7 +310,7 @@ def test_the_engine_process_dies_with_its_parent_even_by_kill_and_not_with_the_t
 ):
     """Run as a script without a main guard, which a process that imports the main module again would start twice."""
     here = Path(__file__).resolve()
-    script = _ORPHAN_SCRIPT.format(paths=[str(here.parents[2]), str(here.parent)])
+    script = _ORPHAN_SCRIPT.format(paths=[str(here.parents[2])])
     parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert parent.stdout is not None
     assert parent.stdin is not None
