@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from lorax_backend.model.sampler import SamplingInputs, sample
-from lorax_backend.model.sampling_plan import SamplingPlanner, uniform_number
+from lorax_backend.model.sampling_plan import SamplingPlanner, uniform_number, uniform_numbers
 from lorax_backend.scheduler.sequence import ScheduledSequence, Sequence
 from lorax_backend.types import SamplingParams
 
@@ -51,6 +52,14 @@ def test_random_numbers_depend_on_seed_and_index_alone_and_are_spread_evenly() -
 @pytest.mark.parametrize("seed", [0, -1, 2**64 - 1, 2**80 + 3])
 def test_any_integer_is_a_seed(seed: int) -> None:
     assert 0.0 <= uniform_number(seed, 0) < 1.0
+
+
+def test_the_numbers_of_many_rows_are_those_of_each() -> None:
+    seeds = [0, 1, -1, 2**63, 2**64 - 1, 2**64, -(2**70), 12345678901234567890] * 5
+    indices = [0, 1, 2, 3, 4, 5, 1000, 2**31] * 5
+    expected = [uniform_number(seed, index) for seed, index in zip(seeds, indices[::-1], strict=True)]
+    with np.errstate(all="raise"):
+        assert uniform_numbers(seeds, indices[::-1]).tolist() == expected
 
 
 def test_a_batch_of_greedy_sequences_needs_nothing_but_the_argmax() -> None:
