@@ -105,6 +105,31 @@ def paged_attention(
     return attention_reference.paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
 
 
+def paged_attention_lora(
+    q: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int | None,
+    a: torch.Tensor,
+    lora: LoraBatch,
+) -> tuple[torch.Tensor, Shrunk | None]:
+    """`paged_attention` over (keys, values), which may begin the LoRA delta of the base layer after it.
+
+    Args:
+        a: [P, 1, 8, Hq * D], A of that layer.
+        lora: the rows with adapters.
+
+    Returns:
+        The result [T, Hq, D], and what `lora_linear` wants for `h`.
+    """
+    if _uses_triton(q):
+        from lorax_kernels import riding
+
+        return riding.paged_attention_shrink(q, caches, batch, scale, sliding_window, a, lora)
+    return paged_attention(q, *caches, batch, scale, sliding_window), None
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,12 +5,15 @@ See `riding_kernels` for how, and for what it is expected to save. The result is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from lorax_kernels.attention_triton import paged_attention
 from lorax_kernels.fused_triton import norm_shape, rms_norm, silu_block, silu_mul
 from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_triton import Shrunk, num_sms, work_of
-from lorax_kernels.metadata import LoraBatch
+from lorax_kernels.metadata import AttentionBatch, LoraBatch
 from lorax_kernels.riding_kernels import NORM, RESIDUAL_NORM, SILU, norm_shrink_kernel, silu_shrink_kernel
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
@@ -44,7 +47,7 @@ def rms_norm_shrink(
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else x
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    h = Shrunk(allocate_riding_planes(a, work, riding), a.shape[1], riding, True, scale)
+    h = _allocate(a, work, riding, (riding.ride_split_shift, riding.ride_target_log2), scale)
     block, warps = norm_shape(width)
     riders, at = _num_riders(a, work, riding), work.capacity
     norm_shrink_kernel[(riders + rows,)](
@@ -67,7 +70,7 @@ def silu_mul_shrink(
         return silu_mul(gate_up), None
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    h = Shrunk(allocate_riding_planes(a, work, riding), a.shape[1], riding, True)
+    h = _allocate(a, work, riding, (riding.ride_split_shift, riding.ride_target_log2))
     block = silu_block(width)
     riders, at = _num_riders(a, work, riding), work.capacity
     silu_shrink_kernel[(riders + rows * -(-width // block),)](
@@ -79,12 +82,66 @@ def silu_mul_shrink(
     return y, h
 
 
-def allocate_riding_planes(a: torch.Tensor, work: LoraWork, config: LoraConfig) -> torch.Tensor:
-    """Memory for h, like `lora_triton.allocate_planes`."""
-    width = work.max_pages * a.shape[1] * PAGE_RANK
-    return torch.empty(
-        1 << config.ride_split_shift, work.capacity.rows, width, dtype=torch.float32, device=a.device
-    )
+@dataclass(frozen=True, slots=True)
+class Rider:
+    """LoRA work that rides in decode's attention: `a` [P, 1, 8, Hq * D] of the layer after it, and where h goes."""
+
+    a: torch.Tensor
+    batch: LoraBatch
+    h: Shrunk
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor | int, ...]:
+        """What the kernel is told of it."""
+        work, planes = work_of(self.batch), self.h.planes
+        at = work.capacity
+        return (
+            self.a, planes, work.data, self.a.stride(0), at.tokens_at, at.pages_at, planes.shape[1], work.max_pages
+        )  # fmt: skip
+
+
+def paged_attention_shrink(
+    q: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int | None,
+    a: torch.Tensor,
+    lora: LoraBatch,
+    config: LoraConfig | None = None,
+) -> tuple[torch.Tensor, Shrunk | None]:
+    """`lorax_kernels.paged_attention_lora` on a device."""
+    decodes = batch.fixed is None and batch.num_decodes == batch.num_sequences == q.shape[0]
+    h = _attention_planes(q, caches[0].shape[2], a, lora, config) if decodes else None
+    rider = Rider(a, lora, h) if h is not None else None
+    return paged_attention(q, *caches, batch, scale, sliding_window, rider=rider), h
+
+
+def _attention_planes(
+    q: torch.Tensor, heads: int, a: torch.Tensor, batch: LoraBatch, config: LoraConfig | None = None
+) -> Shrunk | None:
+    """Memory for h of attention's results, which attention is to fill, a plane a key head; None where shrink is not to
+    ride in it, or cannot: expand sums a power of two of planes, up to 16."""
+    work, riding = riding_config(batch, q, config)
+    if riding is None or not riding.ride_attention or heads not in _PLANES or q.shape[1] // heads > 16:
+        return None
+    return _allocate(a, work, riding, (_PLANES[heads], _ALWAYS))
+
+
+_PLANES = {1 << shift: shift for shift in range(5)}
+_ALWAYS = 30  # log2 of more pieces than there can be: as many splits as allowed
+
+
+def _allocate(
+    a: torch.Tensor,
+    work: LoraWork,
+    config: LoraConfig,
+    splits: tuple[int, int],
+    scale: torch.Tensor | None = None,
+) -> Shrunk:
+    shape = 1 << splits[0], work.capacity.rows, work.max_pages * a.shape[1] * PAGE_RANK
+    planes = torch.empty(shape, dtype=torch.float32, device=a.device)
+    return Shrunk(planes, a.shape[1], config, splits, True, scale)
 
 
 def _num_riders(a: torch.Tensor, work: LoraWork, config: LoraConfig) -> int:

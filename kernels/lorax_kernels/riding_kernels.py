@@ -126,6 +126,37 @@ def _ride(
             tl.store(where, acc, mask=m_seen[:, None] & (n < 8 * S)[None, :])
 
 
+@triton.jit
+def ride_heads(
+    result, row, head, a_ptr, h_ptr, work_ptr, stride_page, tokens_at, pages_at, plane_rows, max_pages,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The part of a row's h that comes from the query heads of one key head: `result` [BLOCK_G, BLOCK_D] is attention's
+    for them, and the key head's number is that of the plane.
+
+    Every query head meets A's columns of all heads of its group in one matrix product, whose diagonal is what is
+    wanted: the others cost nothing, because attention pads the heads of a group to 16 rows anyway."""
+    PADDED: tl.constexpr = 2 if GROUP <= 2 else (4 if GROUP <= 4 else (8 if GROUP <= 8 else 16))
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, 8 * PADDED)
+    other = column % PADDED
+    entry = work_ptr + tokens_at + row * 4
+    position = tl.load(entry)
+    page_list = work_ptr + pages_at + tl.load(entry + 1)
+    num_pages = tl.load(entry + 2)
+    h_row = h_ptr + (head * plane_rows + position) * max_pages * 8
+    where = column // PADDED * HEADS * GROUP * D + (head * GROUP + other) * D
+    seen = (other < GROUP)[None, :] & (d < D)[:, None]
+    for j in range(num_pages):
+        page = tl.load(page_list + j).to(tl.int64)
+        a = tl.load(a_ptr + page * stride_page + where[None, :] + d[:, None], mask=seen, other=0.0)
+        product = tl.dot(result.to(a.dtype), a, input_precision="ieee")
+        own = tl.where(g[:, None] == other[None, :], product, 0.0)
+        h = tl.sum(tl.reshape(tl.sum(own, axis=0), (8, PADDED)), axis=1)
+        tl.store(h_row + j * 8 + tl.arange(0, 8), h)
+
+
 @triton.jit(do_not_specialize=("riders", *_VARYING[1:3], *_VARYING[4:]))
 def norm_shrink_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, scale_ptr, a_ptr, h_ptr, work_ptr, stride_x, stride_residual, eps,

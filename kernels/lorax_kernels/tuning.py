@@ -27,10 +27,10 @@ class LoraConfig:
     `pdl` lets expand start while shrink still runs (programmatic dependent launch, compute capability 9.0 and up);
     `overlap` runs shrink beside the base layer's product on a second stream: "none", "shrink_first" or "product_first".
 
-    `shrink` "fused" lets decode's shrink ride in the node that makes the site's input, where there is one that can
-    take it (`riding`), instead of "separate"; `ride_block_k`, `ride_split_shift`, `ride_target_log2`, `ride_waves` and
-    `ride_stages` are then its own, and `ride_warps` the warps of such a node, 0 for what it has by itself.
-    `expand_flat` gives single rows pieces of `block_n` columns as well, which saves expand one wait.
+    `shrink` "fused" lets decode's shrink ride in the node that makes the site's input (`riding`), instead of
+    "separate"; `ride_block_k`, `ride_split_shift`, `ride_target_log2`, `ride_waves` and `ride_stages` are then its own,
+    and `ride_warps` the warps of such a node, 0 for what it has by itself. `ride_attention` has it ride in attention
+    too. `expand_flat` gives single rows pieces of `block_n` columns as well, which saves expand one wait.
     """
 
     block_k: int = 512
@@ -54,6 +54,7 @@ class LoraConfig:
     ride_waves: int = 2
     ride_stages: int = 2
     ride_warps: int = 0
+    ride_attention: bool = False
     expand_flat: bool = False
     prefill_block_k: int = 128
     prefill_splits: int = 2

@@ -9,6 +9,8 @@ Sections, in this order (capacities in `WorkCapacity`):
                              first position in `pages`, pages of the adapter, 0
     rows   [rows]            token rows grouped by adapter
     pages  [pages]           page numbers, adapter by adapter
+    tokens [tokens, 4]       of every token row, in decode: its position in `rows` or -1, first position in `pages`,
+                             pages (0 if it has no adapter), 0
 
 A row block is at most `block_rows` rows of one adapter; a unit is a row block times one group of its adapter's pages.
 Blocks of a single row, and their units, come first: kernels treat them as matrix-vector products.
@@ -26,6 +28,7 @@ import torch
 
 HEADER = 8
 RECORD = 8
+TOKEN_RECORD = 4
 DECODE_MAX_TOKENS = 256
 """Up to this many token rows a batch counts as decode: small row blocks, one page a unit."""
 GRAPH_MAX_TOKENS = 512
@@ -43,6 +46,7 @@ class WorkCapacity:
     blocks: int
     units: int
     pages: int
+    tokens: int
 
     @property
     def blocks_at(self) -> int:
@@ -61,8 +65,12 @@ class WorkCapacity:
         return self.rows_at + self.rows
 
     @property
-    def size(self) -> int:
+    def tokens_at(self) -> int:
         return self.pages_at + self.pages
+
+    @property
+    def size(self) -> int:
+        return self.tokens_at + TOKEN_RECORD * self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +126,7 @@ class WorkBuffer:
         self.shape = WorkShape.for_tokens(min(num_tokens, DECODE_MAX_TOKENS))
         self.max_pages = max_pages
         pairs = num_tokens * max_pages
-        self.capacity = WorkCapacity(rows=num_tokens, blocks=num_tokens, units=pairs, pages=pairs)
+        self.capacity = WorkCapacity(num_tokens, num_tokens, pairs, pairs, num_tokens)
         device = torch.device(device)
         self.data = torch.zeros(self.capacity.size, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
@@ -175,9 +183,16 @@ def build_work(
     if buffer is not None:
         capacity, host, data = buffer.capacity, buffer.host(), buffer.data
     else:
-        capacity = WorkCapacity(rows.size, blocks.shape[0], units.shape[0], pages.size)
+        tokens = num_tokens if shape.decode else 0
+        capacity = WorkCapacity(rows.size, blocks.shape[0], units.shape[0], pages.size, tokens)
         host = torch.empty(capacity.size, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
         data = torch.empty_like(host, device=device)
+    by_token = np.zeros((capacity.tokens, TOKEN_RECORD), dtype=np.int32)
+    if capacity.tokens:
+        by_token[:, 0] = -1
+        by_token[rows, 0] = np.arange(rows.size)
+        by_token[rows, 1] = np.repeat(page_starts, counts)
+        by_token[rows, 2] = np.repeat(num_pages, counts)
     flat = host.numpy()
     flat[:HEADER] = 0
     flat[:6] = (
@@ -189,6 +204,7 @@ def build_work(
         (capacity.blocks_at, blocks),
         (capacity.units_at, units),
         (capacity.pages_at, pages),
+        (capacity.tokens_at, by_token),
     ):
         flat[at : at + part.size] = part.reshape(-1)
     data.copy_(host, non_blocking=True)

@@ -17,13 +17,14 @@ from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.kv_cache import KvCache
 from lorax_backend.model.layers import Linear, doubled_rope, rope_tables
 from lorax_backend.model.lora import LM_HEAD
-from lorax_backend.model.weights import LayerWeights, ModelWeights
+from lorax_backend.model.weights import ModelWeights
 from lorax_kernels import (
     AttentionBatch,
     LoraBatch,
     PageLayout,
     add_lora,
     lora_linear,
+    paged_attention_lora,
     rms_norm,
     rms_norm_lora,
     rope_and_cache,
@@ -120,8 +121,8 @@ class Decoder:
             site = sites["qkv"]
             normed, x, h = rms_norm_lora(x, (layer.input_norm, eps), delta, site.weights[0], lora.qkv)
             qkv = site.project(layer.qkv, normed, lora.qkv, h)
-            attended = self._attend(index, layer, qkv, positions, attention, cache)
-            delta = sites["o"].project(layer.o, attended, lora.o)
+            attended, h = self._attend(index, qkv, positions, attention, cache, lora.o)
+            delta = sites["o"].project(layer.o, attended, lora.o, h)
             site = sites["gate_up"]
             normed, x, h = rms_norm_lora(x, (layer.post_norm, eps), delta, site.weights[0], lora.gate_up)
             gate_up = site.project(layer.gate_up, normed, lora.gate_up, h)
@@ -137,14 +138,15 @@ class Decoder:
     def _attend(
         self,
         index: int,
-        layer: LayerWeights,
         qkv: torch.Tensor,
         positions: torch.Tensor,
         attention: AttentionBatch,
         cache: KvCache,
-    ) -> torch.Tensor:
-        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q]. Stores the step's keys and values."""
-        config = self.config
+        lora: LoraBatch | None,
+    ) -> tuple[torch.Tensor, Shrunk | None]:
+        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q], and what it did of the deltas of the layer after it.
+        Stores the step's keys and values."""
+        config, layer = self.config, self.weights.layers[index]
         layer_cache = cache.keys[index], cache.values[index]
         queries = rope_and_cache(
             qkv,
@@ -157,5 +159,10 @@ class Decoder:
         )
         values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]
         window = config.layer_windows[index]
-        out = attend(queries, values, layer_cache, attention, self._scale, window, self.fresh_attention)
-        return out.view(out.shape[0], config.q_size)
+        h: Shrunk | None = None
+        if lora is not None and attention.num_decodes == attention.num_sequences:
+            a = self._sites[index]["o"].weights[0]
+            out, h = paged_attention_lora(queries, layer_cache, attention, self._scale, window, a, lora)
+        else:
+            out = attend(queries, values, layer_cache, attention, self._scale, window, self.fresh_attention)
+        return out.view(out.shape[0], config.q_size), h

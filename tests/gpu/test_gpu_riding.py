@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from lora_cases import draw_slots
 from model_driver import ModelDriver
-from riding_cases import EPS, NODES, make_riding_case
+from riding_cases import EPS, NODES, RidingAttentionCase, make_riding_case, poison_new_tensors
 
 from lorax_kernels import LoraBatch, WorkBuffer, lora_triton, riding, tuning
 from lorax_kernels.tuning import DEFAULT
@@ -38,18 +38,10 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every intermediate starts as NaN, so that one that is read before it is written shows."""
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoning(getattr(torch, name)))
-
-
-def poisoning(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def poisoned(*arguments: object, **options: object) -> torch.Tensor:
-        made = plain(*arguments, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    return poisoned
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    poison_new_tensors(monkeypatch)
+    yield
+    tuning.forget_configs()
 
 
 @pytest.mark.parametrize("config", list(CONFIGS))
@@ -84,6 +76,28 @@ def test_any_rank_and_dtype(tokens: int, ranks: tuple[int, ...], node: str, dtyp
     assert batch is not None
     _, got = case.run(batch, FUSED)
     case.check(got, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("pdl", [False, True], ids=["plain launch", "dependent launch"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dim"), [((32, 8), 128), ((8, 2), 64), ((4, 4), 32), ((8, 1), 80), ((16, 16), 64)], ids=str
+)
+@pytest.mark.parametrize("contexts", [(5,), (1500, 3, 700, 40), (100,) * 40], ids=len)
+def test_attention(
+    contexts: tuple[int, ...],
+    heads: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    pdl: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(tuning.OVERRIDE.format(kind="NODE"), json.dumps({"pdl": pdl}))
+    tuning.forget_configs()
+    case = RidingAttentionCase.make(
+        contexts, (12, 1, 96), "uniform", heads, dim, dtype=dtype, device="cuda", base_share=0.0
+    )
+    case.check(replace(FUSED, ride_attention=True, pdl=pdl), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -144,13 +158,15 @@ def test_one_graph_runs_every_mix_of_adapters(node: str, config: str) -> None:
 
 
 @pytest.fixture(params=[False, True], ids=["plain launches", "dependent launches"])
-def riding_everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    fields = {"shrink": "fused", "pdl": request.param, "expand_flat": request.param}
+def riding_everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {
+        "shrink": "fused",
+        "pdl": request.param,
+        "expand_flat": request.param,
+        "ride_attention": request.param,
+    }
     monkeypatch.setenv(tuning.OVERRIDE.format(kind="LORA"), json.dumps(fields))
     monkeypatch.setenv(tuning.OVERRIDE.format(kind="NODE"), json.dumps({"pdl": request.param}))
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
     tuning.forget_configs()
 
 

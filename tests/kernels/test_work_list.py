@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_kernels import LoraBatch, WorkBuffer, pages_for_rank
-from lorax_kernels.worklist import HEADER, RECORD, LoraWork
+from lorax_kernels.worklist import HEADER, RECORD, TOKEN_RECORD, LoraWork
 
 
 @st.composite
@@ -45,6 +45,13 @@ def pairs_of(work: LoraWork) -> tuple[list[tuple[int, int]], list[tuple[int, int
         in_blocks += [
             (int(r), int(p)) for r in rows[first : first + count] for p in pages[page_at:][:num_pages]
         ]
+    if work.shape.decode:
+        tokens = data[at.tokens_at :].reshape(-1, TOKEN_RECORD)
+        listed = np.flatnonzero(tokens[:, 2])
+        assert (rows[tokens[listed, 0]] == listed).all()
+        assert (np.delete(tokens, listed, 0) == [-1, 0, 0, 0]).all()
+        in_tokens = [(int(r), int(p)) for r in listed for p in pages[tokens[r, 1] :][: tokens[r, 2]]]
+        assert sorted(in_tokens) == sorted(in_blocks)
     single = blocks[:, 1] == 1
     assert int(data[4]) == int(single.sum())
     assert single[: int(data[4])].all()

@@ -100,6 +100,9 @@ def test_a_decode_step_gives_the_same_logits_and_fewer_launches_where_shrink_rid
     assert not torch.equal(fused, separate)
     assert nodes_per_layer(before) == 17
     assert nodes_per_layer(after) == 14
+    everywhere, fewest = decode({"shrink": "fused", "ride_attention": True})
+    torch.testing.assert_close(everywhere, want, atol=1e-4, rtol=1e-4)
+    assert nodes_per_layer(fewest) == 13
 
 
 def nodes_per_layer(launches: Counter[str]) -> float:

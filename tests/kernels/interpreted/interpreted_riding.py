@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lora_cases import draw_slots
-from riding_cases import NODES, RidingCase, make_riding_case
+from riding_cases import NODES, RidingCase, make_riding_case, poison_new_tensors
 
 from lorax_kernels import LoraBatch, WorkBuffer
 from lorax_kernels.tuning import LoraConfig
@@ -28,17 +27,7 @@ UNEVEN = LoraConfig(
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is allocated but not written is NaN, so that reading it shows."""
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
-
-
-def _poisoning(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def poisoned(*arguments: object, **options: object) -> torch.Tensor:
-        made = plain(*arguments, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    return poisoned
+    poison_new_tensors(monkeypatch)
 
 
 def run(case: RidingCase, config: LoraConfig = SMALL, tolerance: float = 1e-5) -> None:
