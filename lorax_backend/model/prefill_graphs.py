@@ -82,7 +82,7 @@ class _Inputs:
     def __post_init__(self) -> None:
         rows, sequences = self.rows, self.sequences
         sizes = {
-            "slot_mapping": 2 * rows,  # first, so that it is aligned
+            "slot_mapping": 2 * rows,
             "ids": rows,
             "pending": rows,
             "positions": rows,
@@ -92,7 +92,8 @@ class _Inputs:
             "tiles": 2 * self.tiles,
             "tables": (sequences + 1) * self.max_blocks,
         }
-        ends = np.cumsum(list(sizes.values())).tolist()
+        # Each section begins on 16 bytes, for which the kernels have been compiled already.
+        ends = np.cumsum([-(-size // 4) * 4 for size in sizes.values()]).tolist()
         self._at = dict(zip(sizes, [0, *ends[:-1]], strict=True))
         self.data = torch.zeros(ends[-1], dtype=torch.int32, device=self.device)
         pinned = self.device.type == "cuda"
