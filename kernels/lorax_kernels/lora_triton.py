@@ -37,23 +37,16 @@ _OVERLAP_MIN_TOKENS = 1024
 class Shrunk:
     """h of one site, as planes [splits, rows, S * max_pages * 8] in float32, and how it was made.
 
-    `rode` says that it was made before the base layer's product was launched. `row_scale` float32 [T], where given, is
-    a factor that every token row of h lacks.
+    `splits` are the log2 of the most splits and of the pieces wanted in all. `rode` says that it was made before the
+    base layer's product was launched. `row_scale` float32 [T], where given, is a factor that every token row lacks.
     """
 
     planes: torch.Tensor
     slices: int
     config: LoraConfig
+    splits: tuple[int, int]
     rode: bool = False
     row_scale: torch.Tensor | None = None
-
-    @property
-    def splits(self) -> tuple[int, int]:
-        """log2 of the most splits, and of the pieces wanted in all."""
-        config = self.config
-        if self.rode:
-            return config.ride_split_shift, config.ride_target_log2
-        return config.split_shift, config.target_log2
 
 
 @functools.cache
@@ -116,7 +109,7 @@ def shrink(
             BLOCK_K=config.prefill_block_k, SPLITS=planes.shape[0], STAGES=config.prefill_stages,
             num_warps=config.prefill_shrink_warps, num_stages=1,
         )  # fmt: skip
-    return Shrunk(planes, slices, config)
+    return Shrunk(planes, slices, config, (config.split_shift, config.target_log2))
 
 
 def expand(
