@@ -84,6 +84,7 @@ def until(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not done():
         assert time.monotonic() < deadline, "it never came to that"
+        threading.Event().wait(0.01)  # leave the processors to the server
 
 
 def refusal(client: Client, adapter_id: str, token: str | None) -> LoraxError:
@@ -111,7 +112,7 @@ def test_200_clients_of_one_cold_private_adapter_are_one_download(place: Place, 
     async def crowd() -> list[str]:
         asked = asyncio.gather(*(ask(number) for number in range(CLIENTS)))
         everybody_came = asyncio.to_thread(
-            until, lambda: caller.control("info")["live_requests"] > CLIENTS // 2 or release.is_set()
+            until, lambda: caller.control("info")["live_requests"] >= CLIENTS // 2 or release.is_set()
         )
         try:
             await everybody_came
@@ -153,7 +154,7 @@ def test_a49_clients_gone_while_their_adapters_load_or_fail_stop_no_other_load(
 
     for name in releases:
         asyncio.run(leave(name))
-    until(lambda: caller.control("info")["live_requests"] == 1)
+    until(lambda: caller.control("info")["live_requests"] == 0)
     assert client.generate(PROMPT, "org/good", max_new_tokens=2).generated_text
     for release in releases.values():
         release.set()
