@@ -38,6 +38,16 @@ class Ticket:
     settled: bool = False
     slow: bool = False
 
+    def forget(self) -> Done:
+        """Keep nothing of what is over, since tickets stay in the list of deadlines for as long as others hang before
+        them; the `done` it had."""
+        done, self.work, self.done = self.done, _nothing, _nothing
+        return done
+
+
+def _nothing(*_: Any) -> None:
+    """In the place of what is over."""
+
 
 @dataclass(slots=True, eq=False)
 class _Lane:
@@ -125,21 +135,25 @@ class AdapterLoader:
             self._watchdog.start()
 
     def _run_lane(self, lane: _Lane) -> None:
-        while True:
-            ticket = self._take(lane)
-            if ticket is None:
-                return
-            value, error = None, None
-            try:
-                value = ticket.work()
-            except Exception as raised:  # whatever it is, only this adapter's requests pay for it
-                error = raised
-            first = self._settle(ticket)
-            surplus = ticket.slow and self._end_surplus(lane)
-            if first and not self._closed:
-                ticket.done(value, error)
-            if surplus:
-                return
+        while self._run_next(lane):
+            pass
+
+    def _run_next(self, lane: _Lane) -> bool:
+        """Wait for one piece of work and do it; False if the thread is to end. A function of its own, so that an idle
+        thread holds nothing of its last work: what an adapter's files are leased by must go with the adapter."""
+        ticket = self._take(lane)
+        if ticket is None:
+            return False
+        value, error = None, None
+        try:
+            value = ticket.work()
+        except Exception as raised:  # whatever it is, only this adapter's requests pay for it
+            error = raised
+        done = self._settle(ticket)
+        surplus = ticket.slow and self._end_surplus(lane)
+        if done is not None and not self._closed:
+            done(value, error)
+        return not surplus
 
     def _end_surplus(self, lane: _Lane) -> bool:
         """A slow thread is free again; True if another has taken its place, so that it is to end."""
@@ -166,12 +180,13 @@ class AdapterLoader:
             self._deadline_added.notify()
             return ticket
 
-    def _settle(self, ticket: Ticket) -> bool:
-        """False if the watchdog has given the work up."""
+    def _settle(self, ticket: Ticket) -> Done | None:
+        """Whom to tell; None if the watchdog has given the work up."""
         with self._lock:
             first = not ticket.settled
             ticket.settled = True
-            return first
+            done = ticket.forget()
+            return done if first else None
 
     def _watch(self) -> None:
         while True:
@@ -186,8 +201,9 @@ class AdapterLoader:
                     continue
                 _, _, ticket, is_over = heapq.heappop(self._deadlines)
                 ticket.settled = is_over
+                done = ticket.done
                 ticket.lane.extra += not ticket.slow
                 ticket.slow = True
                 self._ensure_threads(ticket.lane)
             if is_over:
-                ticket.done(None, LoadTimeoutError(f"took longer than {ticket.timeout_s:g} s"))
+                done(None, LoadTimeoutError(f"took longer than {ticket.timeout_s:g} s"))

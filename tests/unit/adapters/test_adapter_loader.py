@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -188,3 +189,39 @@ def test_slow_work_makes_way_in_its_own_lane(gate: threading.Event) -> None:
     assert loader._lanes["download"].threads <= 2, "the extra threads have ended"
     assert loader._lanes["download"].extra == 0
     loader.close()
+
+
+class Weights:
+    """Something large."""
+
+
+def test_nothing_of_work_that_is_over_is_kept_while_other_work_hangs(
+    loader: AdapterLoader, gate: threading.Event
+) -> None:
+    hanging = threading.Semaphore(0)
+    loader.submit("download", hang(gate, hanging), 60.0, lambda value, error: None)
+    assert hanging.acquire(timeout=WAIT)
+    all_gone = finish_work(loader)
+    results = Results()
+    loader.submit("read", lambda: None, 60.0, results)
+    results.next()  # the read lane's only thread has gone on
+    assert all(gone.wait(WAIT) for gone in all_gone)
+
+
+def test_a_thread_without_work_keeps_nothing_of_its_last(loader: AdapterLoader) -> None:
+    assert all(gone.wait(WAIT) for gone in finish_work(loader))
+
+
+def finish_work(loader: AdapterLoader) -> list[threading.Event]:
+    """Have work done; set when what it was given, and what it returned, are no more."""
+    given, made, results, all_gone = Weights(), Weights(), Results(), []
+    for weights in (given, made):
+        all_gone.append(threading.Event())
+        weakref.finalize(weights, all_gone[-1].set)
+
+    def work(given: Weights = given, made: Weights = made) -> Weights:
+        return made
+
+    loader.submit("read", work, 60.0, results)
+    assert results.next() == (made, None)
+    return all_gone
