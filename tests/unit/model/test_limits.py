@@ -93,6 +93,11 @@ def test_the_gpu_plan_stays_within_its_share_whatever_others_use() -> None:
         taken = plan_cuda_blocks(config, memory, block) * block + memory.peak + memory.table
         used = memory.total - memory.free
         assert 0.88 * memory.total < used + taken + (768 << 20) <= 0.9 * memory.total
+    plain = CudaMemory(free=60 * GIB, total=80 * GIB, peak=2 * GIB, table=0)
+    assert (
+        plan_cuda_blocks(config, replace(plain, graphs=GIB), block)
+        == plan_cuda_blocks(config, plain, block) - 512
+    )
     with pytest.raises(ValueError, match="cuda_memory_fraction"):
         plan_cuda_blocks(config, CudaMemory(GIB, 80 * GIB, 0, 0), block)
     with pytest.raises(ValueError, match="num_blocks 99999999"):
