@@ -125,7 +125,7 @@ class Admission:
         located: set[AdapterQueue] = set()
         while step.plan.budget and (step.is_open or step.num_under_way):
             while coming is not None and not (heap and heap[0] < coming):
-                if self._may_be_admitted(coming[1], step):
+                if self._may_be_admitted(coming[1], step) and not self._must_hold(coming[1], step):
                     heapq.heappush(heap, coming)
                 coming = next(others, None)
             if not heap:
@@ -253,11 +253,13 @@ class Admission:
 
     def _must_hold(self, queue: AdapterQueue, step: _Step) -> bool:
         """The adapter runs as many sequences as it may, or as it should while others may come."""
+        if not queue.running:
+            return False
         cap = self._settings.max_running_per_adapter
         if cap and queue.running >= cap:
             queue.served_at = step.now
             return True
-        if len(self._rows.free) > self._rows.num_rows // _HEADROOM or not queue.running:
+        if len(self._rows.free) > self._rows.num_rows // _HEADROOM:
             return False
         return not self._is_overdue(queue, step.now) and self._exceeds_share(
             queue, queue.running, self._rows.num_rows, step
