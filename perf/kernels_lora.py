@@ -132,7 +132,7 @@ class Case:
 
     def rides(self, config: LoraConfig) -> Node | None:
         """The node, if shrink is to ride in it."""
-        return self.node if config.shrink == "fused" and self.row.tokens <= 256 else None
+        return self.node if self.node and self.node.rides(config) else None
 
     def _add(self, config: LoraConfig, out: torch.Tensor) -> None:
         a, b = self.weights[0]
