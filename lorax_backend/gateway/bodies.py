@@ -75,7 +75,7 @@ class GenerateParameters(_Model):
 class GenerateBody(_Model):
     """A prompt and how to go on from it."""
 
-    inputs: str = Field(examples=["Why is the sky blue?"])
+    inputs: str = Field(examples=["What is deep learning?"])
     parameters: GenerateParameters | None = None
 
 

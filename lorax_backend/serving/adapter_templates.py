@@ -88,7 +88,7 @@ class AdapterTemplates:
         fetched = source.fetch(
             ref, token
         )  # referred to until its files have been read, or they might be removed
-        template = self._read(fetched.folder, f"adapter {ref.id!r}'s")
+        template = self._read(fetched.folder, f"adapter {ref.id}'s")
         with self._lock:
             self._known[ref] = template
             while len(self._known) > _CAPACITY:

@@ -51,7 +51,8 @@ def test_each_kind_of_failure_has_its_status(
         assert told.status == status
         assert told.error["type"] == kind
         assert told.error["code"] == code
-        assert told.error["message"] == "It failed."
+        served = " (the served model is 'the/base'; other names are those of adapters)"
+        assert told.error["message"] == "It failed." + (served if code == "model_not_found" else "")
         assert ("retry-after" in told.headers) == (status in (429, 503))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -47,9 +48,9 @@ async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes
     try:
         answer = await _route(method.upper(), path, headers, body, backend)
     except ApiError as error:
-        answer = error.answer()
+        answer = (await _with_served_model(error, backend)).answer()
     except LoraxError as error:
-        answer = from_lorax(error).answer()
+        answer = (await _with_served_model(from_lorax(error), backend)).answer()
     except RecursionError:
         answer = ApiError("The body of your request is nested too deeply.").answer()
     except Exception as error:
@@ -58,6 +59,15 @@ async def handle(method: str, path: str, headers: Mapping[str, str], body: bytes
     if not any(name.lower() == "x-request-id" for name in headers):  # else whoever gave it repeats it
         answer.headers["x-request-id"] = f"req_{uuid.uuid4().hex}"
     return answer
+
+
+async def _with_served_model(error: ApiError, backend: Backend) -> ApiError:
+    """Tell those who asked for a model that is not there which one is: most have another server's in mind."""
+    if error.code == "model_not_found":
+        with contextlib.suppress(LoraxError):
+            base = (await backend.info()).get("model_id")
+            error.message += f" (the served model is '{base}'; other names are those of adapters)"
+    return error
 
 
 async def _route(method: str, path: str, headers: Mapping[str, str], body: bytes, backend: Backend) -> Answer:
