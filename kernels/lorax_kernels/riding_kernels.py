@@ -1,18 +1,34 @@
 """LoRA shrink inside the node that makes a base layer's input, for decode: one launch fewer a site.
 
-A launch has two kinds of programs that do not wait for each other. Some do the node's own work, row by row. The others
-walk the work list like `bgmv_shrink_kernel`, but read what the node reads and not what it writes, and repeat the
-element-wise part on the way: a product of the norm's input and weight costs them nothing beside reading A. The norm's
-factor 1/rms needs the whole row, which no split of it has; h is stored without it, the norm's programs store the
-factor, and expand applies it: (x w) A^T / rms = (x w / rms) A^T. Nothing is added atomically, and a row's h does not
-depend on the other rows of the batch.
+Beside a norm, or SiLU and multiplication, a launch has two kinds of programs that do not wait for each other. Some do
+the node's own work, row by row. The others walk the work list like `bgmv_shrink_kernel`, but read what the node reads
+and not what it writes, and repeat the element-wise part on the way: a product of the norm's input and weight costs them
+nothing beside reading A. The norm's factor 1/rms needs the whole row, which no split of it has; h is stored without it,
+the norm's programs store the factor, and expand applies it: (x w) A^T / rms = (x w / rms) A^T. Nothing is added
+atomically, and a row's h does not depend on the other rows of the batch.
 
-What to expect on an H100 for the 8B shape, from counting and not from measurement: in a chain of dependent launches a
-site costs today shrink + expand, each 1.42 us of launch and about 1.3 us of latencies one after the other (header and
-record of the work list 0.5, weights from memory 0.7, sum 0.1). Riding removes the first launch, and its latencies run
-beside the node's own 1.2 us, so that 1 us at most remains: about 3.5 us a site instead of 5.5, or 2.5 where expand
-is launched early (`pdl`), because all it waits for then is the output. A layer (o apart, 3 us): 1 row 10 us, 32 rows
-of one adapter 14 us, 32 of 32 adapters 41 us, 128 of one 32 us, 128 of 32 65 us.
+After attention the whole row is nowhere in one program either: there the program that finishes a key head's queries
+adds a plane of h for their columns (`ride_heads`).
+
+What to expect on an H100 for a layer of the 8B shape, by counting and not by measurement. A launch costs 1.42 us, and
+one that waits for its input then takes 1.4 us of latencies one after another: header and record of the work list 0.5,
+weights from memory 0.7, sums and stores 0.2. Riding takes away one launch of the two a site has, and its latencies run
+beside the node's own 0.9 us, so that about 0.7 us of it stays. Where launches may start early (`pdl`), expand does all
+but add to the output while the product ends, and 1.6 us of its 2.8 stay. Bytes come on top at 3 TB/s, and the output at
+L2's 5.5. Microseconds of LoRA a layer, all four sites:
+
+    rows, adapters, rank    shrink apart, measured    riding    riding, pdl    goal
+    1, 1, 16                          14.6              14           9          8
+    32, 1, 16                         24.4              18          13         12
+    32, 32, 16                        46.6              43          38         42
+    128, 1, 16                        44.1              27          22         25
+    128, 32, 16                       78.4              50          45         55
+    128, 128, 16                      153               146         140        150
+    32, 32, 8 to 64                   71.9              64          58         80
+    128, 128, 64                      487               480         475        490
+
+The first column has shrink on a second stream beside the product, which hides it where the product is long; one after
+the other, 1 row took 26 us, 3.3 us a launch where this counts 2.8.
 """
 
 from __future__ import annotations
