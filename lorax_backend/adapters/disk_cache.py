@@ -3,12 +3,14 @@
 The folder holds `<source>/<repository>/snapshots/<revision>/<files>`, which is also how `huggingface_hub` lays out its
 cache, so that its downloads can go straight here (its snapshots are links to files in `blobs`). A snapshot's time of
 change is its last use: there is no index to corrupt, and a restarted server goes on with the same order. Several
-processes may share the folder: none removes what another has used in the last minute.
+processes may share the folder: who reads or writes in a repository holds a shared lock on it (a file in `.locks`), who
+removes something from it an exclusive one, and none removes what another has used in the last minute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -18,7 +20,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 from lorax_backend.adapters.weight_files import CONFIG_NAME
@@ -28,7 +30,9 @@ _ID_FILE = ".adapter_id"
 _FOREIGN_USE_S = 60.0
 _STALE_S = 86400.0  # a download that broke off is taken up again for a day
 _PARTIAL = (".incomplete", ".part")
+_REMOVED = ".removed"
 _MAX_NAME = 120
+_MAX_LOCKS = 256  # each is an open file; leases beyond them rely on the time of use
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +71,7 @@ class DiskCache:
         self._writing: dict[Path, int] = {}
         self._removing: set[Path] = set()
         self._last_use_ms = 0
+        self._locks = 0
         self._reserved = 0
         self._evictions = 0
         try:
@@ -104,13 +109,15 @@ class DiskCache:
             self._removed.wait_for(lambda: repository not in self._removing)
             self._reserved += nbytes
             self._writing[repository] = self._writing.get(repository, 0) + 1
-        self._evict(lambda: self._used + self._reserved > self.max_bytes)
+        lock = self._shared(repository)
         try:
+            self._evict(lambda: self._used + self._reserved > self.max_bytes)
             if mark is not None:
                 repository.mkdir(parents=True, exist_ok=True)
                 (repository / _ID_FILE).write_text(mark)
             yield
         finally:
+            _close(lock)
             with self._lock:
                 self._reserved -= nbytes
                 self._writing[repository] -= 1
@@ -129,7 +136,7 @@ class DiskCache:
             entry.last_used = self._last_use_ms / 1000
             entry.leases += 1
         lease = DiskLease()
-        weakref.finalize(lease, self._release, entry)
+        weakref.finalize(lease, self._release, entry, self._lease_lock(entry.repository))
         entry.nbytes = _size(folder)
         with contextlib.suppress(OSError):
             os.utime(folder, (entry.last_used, entry.last_used))
@@ -213,33 +220,88 @@ class DiskCache:
             self._removing.add(entry.repository)
 
     def _remove(self, victims: list[_Entry]) -> int:
-        """Delete what was forgotten, without the lock, since a file system may take its time; the bytes freed."""
+        """Delete what was forgotten, without the lock, since a file system may take its time; the bytes freed. What
+        another process reads or writes just now stays, and is known again."""
+        kept: list[_Entry] = []
         try:
             for entry in victims:
-                _remove_snapshot(entry.folder)
+                try:
+                    lock = self._locked(entry.repository, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    kept.append(entry)
+                    continue
+                try:
+                    _remove_snapshot(entry.folder)
+                finally:
+                    _close(lock)
         finally:
             with self._removed:
+                self._entries.update((entry.folder, entry) for entry in kept)
                 self._removing.difference_update(entry.repository for entry in victims)
                 self._removed.notify_all()
-        return sum(entry.nbytes for entry in victims)
+        return sum(entry.nbytes for entry in victims) - sum(entry.nbytes for entry in kept)
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: _Entry, lock: IO[str] | None) -> None:
+        _close(lock)
         with self._lock:
             entry.leases -= 1
+            self._locks -= lock is not None
+
+    def _lease_lock(self, repository: Path) -> IO[str] | None:
+        with self._lock:
+            if self._locks >= _MAX_LOCKS:
+                return None
+            self._locks += 1
+        lock = self._shared(repository)
+        with self._lock:
+            self._locks -= lock is None
+        return lock
+
+    def _shared(self, repository: Path) -> IO[str] | None:
+        """Keep other processes from removing anything in a repository until the file is closed."""
+        return self._locked(repository, fcntl.LOCK_SH)
+
+    def _locked(self, repository: Path, mode: int) -> IO[str] | None:
+        """The locked file, which stays when it is closed, as it could not be removed without a race; None where there
+        are no locks to be had: on a full disk, or in a folder that cannot be written.
+
+        Raises:
+            BlockingIOError: somebody else has it locked.
+        """
+        locks = self.root / ".locks" / "repositories" / repository.parent.name
+        file: IO[str] | None = None
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            file = (locks / f"{repository.name}.lock").open("a")
+            fcntl.flock(file, mode)
+        except BlockingIOError:
+            _close(file)
+            raise
+        except OSError:
+            _close(file)
+            return None
+        return file
 
     def _scan(self) -> None:
         for folder in self.root.glob("*/*/snapshots/*"):
             with contextlib.suppress(OSError):  # another server may have removed it
-                if (folder / CONFIG_NAME).exists():
+                if (folder / CONFIG_NAME).exists() and not folder.name.endswith(_REMOVED):
                     source, repository = folder.parts[-4], folder.parent.parent
                     entry = _Entry(
                         source, _adapter_id(repository), folder, _size(folder), folder.stat().st_mtime
                     )
                     self._entries[folder] = entry
+        for doomed in self.root.glob(f"*/*/snapshots/*{_REMOVED}"):  # whose removal broke off
+            shutil.rmtree(doomed, ignore_errors=True)
         for partial in self.root.glob("*/*/*/*"):
             with contextlib.suppress(OSError):
                 if partial.name.endswith(_PARTIAL) and time.time() - partial.stat().st_mtime > _STALE_S:
                     shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _close(lock: IO[str] | None) -> None:
+    if lock is not None:
+        lock.close()
 
 
 def _used_elsewhere(entry: _Entry) -> bool:
@@ -274,7 +336,8 @@ def _size(folder: Path) -> int:
 def _remove_snapshot(folder: Path) -> None:
     """Remove a snapshot and the blobs that only it links to; with the last one, the repository."""
     blobs = _linked(folder)
-    doomed = folder.with_name(folder.name + ".removed")
+    doomed = folder.with_name(folder.name + _REMOVED)
+    shutil.rmtree(doomed, ignore_errors=True)  # an earlier removal may have broken off
     with contextlib.suppress(OSError):
         folder.rename(doomed)  # at once, so that nobody finds half of it
     shutil.rmtree(doomed, ignore_errors=True)

@@ -98,6 +98,74 @@ def test_what_another_process_has_just_used_stays(tmp_path: Path) -> None:
     assert "b" not in names(cache)
 
 
+def test_a_repository_in_which_another_process_writes_is_not_removed_from_under_it(tmp_path: Path) -> None:
+    """Its last old revision would go, and the files of the new one with it."""
+    ours, other = DiskCache(tmp_path, 9 * SIZE), DiskCache(tmp_path, 9 * SIZE)
+    old = store(other, "a", age_s=1000)
+    ours._scan()
+    with ours.writing(ours.repository("s3", "a"), SIZE, "a"):
+        part = old.with_name("r2.part")
+        part.mkdir()
+        (part / "adapter_config.json").write_bytes(b"{}")
+        assert other.purge() == 0
+        assert names(other) == ["a"], "known again"
+        assert (part / "adapter_config.json").exists()
+    assert other.purge() == SIZE
+
+
+def test_what_another_process_has_read_for_long_stays(tmp_path: Path) -> None:
+    ours, other = DiskCache(tmp_path, 9 * SIZE), DiskCache(tmp_path, 9 * SIZE)
+    folder = store(other, "a")
+    lease: DiskLease | None = ours.lease("s3", "a", folder)
+    os.utime(folder, (1, 1))  # it began long ago
+    other._entries[folder].last_used = 1.0
+    assert other.purge() == 0
+    assert (folder / "adapter_config.json").exists()
+    del lease
+    assert other.purge() == SIZE
+    assert ours.lease("s3", "a", folder) is None
+    assert names(ours) == []
+
+
+def test_locks_of_readers_are_few_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_cache, "_MAX_LOCKS", 2)
+    cache = DiskCache(tmp_path, 9 * SIZE)
+    folders = [store(cache, name) for name in "abcd"]
+    before = len(os.listdir("/proc/self/fd"))
+    leases = [cache.lease("s3", name, folder) for name, folder in zip("abcd", folders, strict=True)]
+    assert all(leases)
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert cache.purge() == 0
+    leases.clear()
+    assert cache._locks == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_cache_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store(DiskCache(tmp_path, 9 * SIZE), "a")
+
+    def read_only(path: Path, *arguments: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(os, "utime", read_only)
+    cache = DiskCache(tmp_path, 9 * SIZE)
+    assert cache.lease("s3", "a", folder) is not None
+    assert cache._locks == 0
+
+
+def test_a_removal_that_broke_off_is_ended_by_the_next(tmp_path: Path) -> None:
+    folder = store(DiskCache(tmp_path, 9 * SIZE), "a")
+    doomed = folder.with_name("r1.removed")
+    shutil.copytree(folder, doomed)
+    cache = DiskCache(tmp_path, 9 * SIZE)
+    assert [entry["revision"] for entry in cache.entries()] == ["r1"]
+    assert not doomed.exists()
+    shutil.copytree(folder, doomed)  # of another process that has ended since
+    assert cache.purge() == SIZE
+    assert list((tmp_path / "s3").iterdir()) == []
+
+
 def test_an_adapter_on_its_way_out_is_not_handed_to_a_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
