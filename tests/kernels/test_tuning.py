@@ -1,0 +1,43 @@
+"""Where the kernels' configurations come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lorax_kernels import tuning
+from lorax_kernels.tuning import DEFAULT, DEFAULT_NODE, LoraConfig, lora_config, node_config
+
+
+@pytest.fixture(autouse=True)
+def _fresh_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for kind in ("LORA", "ATTENTION", "NODE"):
+        monkeypatch.delenv(tuning.OVERRIDE.format(kind=kind), raising=False)
+    tuning.forget_configs()
+    yield
+    tuning.forget_configs()
+
+
+def test_a_device_without_a_table_gets_the_defaults() -> None:
+    assert lora_config(32, True) == DEFAULT
+    assert node_config() == DEFAULT_NODE
+    assert DEFAULT.shrink == "separate"
+
+
+def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = {1: {"row_n": 64}, 32: {"row_n": 128, "stages": 4, "of another version": 1}}
+    monkeypatch.setattr(tuning, "_table", lambda device, kind: table)
+    assert [lora_config(n, True, 0).row_n for n in (1, 2, 32, 200)] == [64, 128, 128, 128]
+    tuning.forget_configs()
+    monkeypatch.setenv("LORAX_LORA_CONFIG", '{"row_n": 256, "shrink": "fused"}')
+    assert lora_config(2, True, 0) == LoraConfig(row_n=256, stages=4, shrink="fused")
+
+
+@pytest.mark.parametrize("text", ["shrink=fused", '["fused"]', '{"shrnk": "fused"}'])
+def test_an_environment_that_cannot_be_meant_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAX_LORA_CONFIG", text)
+    with pytest.raises(ValueError, match=r"LORAX_LORA_CONFIG: .* is no JSON"):
+        lora_config(1, True)
