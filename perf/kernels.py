@@ -129,7 +129,7 @@ def main() -> None:
         "--shrink",
         default="table",
         choices=["table", "separate", "fused", "both"],
-        help="as the table of block sizes says, or one way or both whatever it says",
+        help="as the table of block sizes says, or one way whatever it says, or all these and more",
     )
     parser.add_argument(
         "--unchecked", action="store_true", help="measure although the kernels' tests did not pass"
@@ -152,8 +152,12 @@ def main() -> None:
     found = search_lora(bench, rows, log) if args.tune else {}
     if found:
         write_table(args.out, "lora", found)
-    forms = ["separate", "fused"] if args.shrink == "both" else [args.shrink]
-    lora_forms = {form: measure_lora(bench, rows, found, form, floors) for form in forms}
+    forms = ["table", *FORMS] if args.shrink == "both" else [args.shrink]
+    decodes = [row for row in rows if row.tokens <= 256]  # the forms differ for these alone
+    lora_forms = {
+        form: measure_lora(bench, decodes if form != forms[0] else rows, found, form, floors)
+        for form in forms
+    }
     lora = lora_forms[forms[0]]
     attention = [] if args.no_attention else measure_attention(args, log)
     report = {"environment": environment(), "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
@@ -163,6 +167,7 @@ def main() -> None:
     for form, results in lora_forms.items():
         print(f"\nshrink: {form}")
         print_sites(results)
+    print_forms(lora_forms)
     print(f"\n{text_of(report)}", flush=True)
     if tests is None:
         print(_UNCHECKED, flush=True)
@@ -187,6 +192,20 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
         raise SystemExit(f"no numbers: {error}\n(--unchecked measures all the same, and says so)") from error
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "separate": {"shrink": "separate"},
+    "fused": {"shrink": "fused"},
+    "fused, early": {"shrink": "fused", "pdl": True, "expand_flat": True},
+    "fused, early, in attention": {
+        "shrink": "fused",
+        "pdl": True,
+        "expand_flat": True,
+        "ride_attention": True,
+    },
+}
+"""Fields of the configuration that stand for each form of shrink."""
+
+
 def measure_lora(
     bench: Bench, rows: list[Row], found: dict[int, LoraConfig], form: str, floors: dict[str, float]
 ) -> list[dict[str, Any]]:
@@ -195,8 +214,7 @@ def measure_lora(
     for row in rows:
         fitting = [size for size in found if size >= row.tokens]
         config = found[min(fitting)] if fitting else lora_config(row.tokens, row.tokens <= 256, 0)
-        if form != "table":
-            config = replace(config, shrink=form)
+        config = replace(config, **FORMS.get(form, {}))
         sites = {name: bench.site_us(row, name, config) for name in bench.shapes}
         alone = {name: bench.alone_us(row, name, config) for name in bench.shapes}
         cases = [bench.case(row, name) for name in bench.shapes]
@@ -249,6 +267,20 @@ def measure_attention(args: argparse.Namespace, log: list[dict[str, Any]]) -> li
         results.append(bench.row(shape, found[min(fitting)] if fitting else None))
         print("attention", {k: round(v, 1) for k, v in results[-1].items()}, flush=True)
     return results
+
+
+def print_forms(forms: dict[str, list[dict[str, Any]]]) -> None:
+    """All forms of shrink side by side, microseconds in situ."""
+    names = {form: f"{form:>{max(9, len(form) + 2)}}" for form in forms}
+    print(f"\n{'batch':<42}{'goal':>7}" + "".join(names.values()))
+    for index, row in enumerate(forms[next(iter(forms))]):
+        times = [
+            f"{results[index]['in_situ_us']:>{len(names[form])}.1f}"
+            for form, results in forms.items()
+            if index < len(results)
+        ]
+        batch = str(Row(row["tokens"], row["adapters"], row["rank"]))
+        print(f"{batch:<42}{row['goal_us']:>7.0f}" + "".join(times))
 
 
 def print_sites(results: list[dict[str, Any]]) -> None:
