@@ -13,7 +13,7 @@ tiers: the first token on an idle engine, by where the adapter is: device, host,
 stall: 16 streams decode while newcomers with cold adapters arrive, against residents arriving, and nobody.
 soak: thousands of adapters of mixed ranks; every request answered, memory of the processes and the GPU flat.
 
-`all` is every one of them, the soak last (--minutes 0 leaves it out). The result file is written after each. Exits 1
+`all` is every one of them but the soak, which takes its own time. The result file is written after each. Exits 1
 if a request went unanswered, accounting was off, memory grew, or a workload failed; with --strict also if a goal was
 missed. Goals and vLLM's numbers are printed for llama3-8b on CUDA only, since they are of that.
 """
@@ -182,9 +182,8 @@ def run(bench: Bench, names: list[str], report: dict[str, Any]) -> Iterator[tupl
 
 def main() -> int:
     args = arguments()
-    names = (
-        [*WORKLOADS, *(["soak"] if args.minutes > 0 else [])] if "all" in args.workloads else args.workloads
-    )
+    names = list(WORKLOADS) if "all" in args.workloads else []
+    names += [name for name in dict.fromkeys(args.workloads) if name != "all" and name not in names]
     report: dict[str, Any] = {
         "environment": environment(),
         "command": " ".join(["python", "perf/adapter_life.py", *sys.argv[1:]]),
