@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
 from environment import environment
 from peers import GOAL_MISSED
 
+_SUMMARY = "summary.json"
 _SHORTEST_S = 5.0  # what is left of the budget below this is not worth a start
 _LAST_WORDS_S = 10.0  # between SIGTERM and SIGKILL
 
@@ -133,7 +134,9 @@ def run_part(name: str, command: list[str], limit_s: float, log: Path) -> Outcom
         finally:
             _signal(process, signal.SIGKILL)  # also what it left behind
             process.wait()
-        reader.join(_LAST_WORDS_S)
+            reader.join(_LAST_WORDS_S)
+            assert process.stdout is not None
+            process.stdout.close()
     seconds = time.monotonic() - started
     ended = {0: "passed", GOAL_MISSED: "goal missed"}.get(process.returncode, "failed")
     status = "out of time" if late else ended
@@ -187,17 +190,18 @@ def write_summary(
     out: Path, outcomes: list[Outcome], parts: list[Part], budget_s: float, seconds: float
 ) -> None:
     """OUT/summary.json: written to a new file first, so that whatever stops this program leaves a whole one."""
+    results = [path.name for path in out.iterdir() if path.suffix in (".json", ".md")]
     summary: dict[str, Any] = {
         "environment": environment(),
         "budget_s": budget_s,
         "seconds": round(seconds, 1),
         "parts": [asdict(outcome) for outcome in outcomes],
         "waiting": [part.name for part in parts[len(outcomes) :]],
-        "files": sorted(path.name for path in out.iterdir() if path.suffix in (".json", ".md")),
+        "files": sorted(set(results) - {_SUMMARY}),
     }
-    partial = out / "summary.json.partial"
+    partial = out / f"{_SUMMARY}.partial"
     partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.rename(out / "summary.json")
+    partial.rename(out / _SUMMARY)
 
 
 def summary_text(outcomes: list[Outcome]) -> str:

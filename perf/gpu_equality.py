@@ -147,6 +147,8 @@ def engine(
         prefix_caching=False,
         cuda_graphs=mode.cuda_graphs,
         overlap=mode.overlap,
+        # Without Triton every row goes through the paged kernel's twin, not through a library's attention.
+        attention="triton" if not mode.triton and torch.cuda.is_available() else "auto",
         max_total_tokens=1024,
         max_batch_size=max(8, args.streams),
         adapter_pages=pages,

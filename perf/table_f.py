@@ -35,7 +35,7 @@ from gpu_server import server
 from grpc_streams import run_streams
 from peers import GOAL_MISSED, SERVED, ServedGoals
 from records import Record, Request, finished, steady_window, summarize, token_gaps_ms
-from step_recorder import step_times_ms
+from step_recorder import read_steps, step_times_ms
 from stream_stats import percentile
 from table_text import number, text_of
 
@@ -105,6 +105,7 @@ def stream_row(side: Side, requests: list[Request], prompt: int) -> dict[str, An
         "itl_p99": percentile(gaps, 0.99) if gaps else None,
         "ttft_p50": summary["ttft_p50"],
         "tokens_a_response": summary["tokens_a_response"],
+        "steps": sum(when >= min(record.sent for record in records) for when, _ in read_steps(side.steps)),
     }
 
 

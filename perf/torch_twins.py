@@ -1,23 +1,20 @@
 """The model's kernels in plain torch on any device: slow, short, and independent of what they check.
 
-The twins of `lorax_kernels.reference` are written for a CPU's decode steps and keep their indices there. These serve
-where whole models are compared with and without Triton.
+The twins of `lorax_kernels.reference` are written for a CPU's decode steps and keep their indices there. Where that
+matters, these take their place, so that whole models can be compared with and without Triton on a GPU.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-import lorax_kernels
-from lorax_kernels import AttentionBatch, LoraBatch, dispatch, fused_reference, reference
-
-_USERS = "lorax_backend.model."
+from lorax_kernels import AttentionBatch, LoraBatch, attention_reference, dispatch, reference
 
 
 def add_lora(
@@ -31,19 +28,6 @@ def add_lora(
     """See `lorax_kernels.add_lora`."""
     if len(batch.rows):
         reference.sgmv_expand(reference.sgmv_shrink(x, a, batch), b, batch, out, out_slices)
-
-
-def lora_linear(
-    x: torch.Tensor,
-    layer: tuple[torch.Tensor, torch.Tensor | None],
-    weights: tuple[torch.Tensor, torch.Tensor],
-    batch: LoraBatch,
-    out_slices: tuple[int, ...],
-) -> torch.Tensor:
-    """See `lorax_kernels.lora_linear`."""
-    out = torch.nn.functional.linear(x, *layer)
-    add_lora(x, *weights, batch, out, out_slices)
-    return out
 
 
 def paged_attention(
@@ -77,49 +61,27 @@ def paged_attention(
     return out
 
 
-TWINS: dict[str, Callable[..., Any]] = {
-    "add_lora": add_lora,
-    "lora_linear": lora_linear,
-    "paged_attention": paged_attention,
-    "rms_norm": fused_reference.rms_norm,
-    "rope_and_cache": fused_reference.rope_and_cache,
-    "silu_mul": fused_reference.silu_mul,
+def never(tensor: torch.Tensor) -> bool:
+    """No tensor goes to Triton."""
+    return False
+
+
+TWINS: dict[tuple[ModuleType, str], Callable[..., Any]] = {
+    (dispatch, "_uses_triton"): never,
+    (reference, "add_lora"): add_lora,
+    (attention_reference, "paged_attention"): paged_attention,
 }
-
-
-class NoTwinError(RuntimeError):
-    """The model uses a kernel of which there is no twin here."""
-
-
-def _uses() -> Iterator[tuple[ModuleType, str]]:
-    """Every name in the model's modules that stands for a public kernel."""
-    kernels = {
-        getattr(dispatch, name): name
-        for name in lorax_kernels.__all__
-        if callable(getattr(dispatch, name, None)) and not isinstance(getattr(dispatch, name), type)
-    }
-    for key, module in list(sys.modules.items()):
-        if key.startswith(_USERS):
-            for name, value in list(vars(module).items()):
-                if callable(value) and value in kernels:
-                    yield module, name
+"""What takes the place of what. All kernels of the model go through `dispatch`, which asks before each."""
 
 
 @contextmanager
-def plain_torch() -> Iterator[int]:
-    """Let the model compute with the twins until the block is left; gives how many places were changed.
+def plain_torch() -> Iterator[None]:
+    """Let every model of this process compute without Triton until the block is left.
 
     Raises:
-        NoTwinError: a kernel has none.
+        AttributeError: one of the places is no more: this file and `lorax_kernels` have parted.
     """
-    places = [(module, name, getattr(module, name)) for module, name in _uses()]
-    missing = {name for _, name, _ in places} - TWINS.keys()
-    if missing:
-        raise NoTwinError(f"perf/torch_twins.py has no twin of {', '.join(sorted(missing))}")
-    for module, name, _ in places:
-        setattr(module, name, TWINS[name])
-    try:
-        yield len(places)
-    finally:
-        for module, name, kernel in places:
-            setattr(module, name, kernel)
+    with ExitStack() as stack:
+        for (module, name), twin in TWINS.items():
+            stack.enter_context(patch.object(module, name, twin))
+        yield
