@@ -70,6 +70,7 @@ class DiskCache:
         self._entries: dict[Path, _Entry] = {}
         self._writing: dict[Path, int] = {}
         self._removing: set[Path] = set()
+        self._used = 0  # bytes of all entries
         self._last_use_ms = 0
         self._locks = 0
         self._reserved = 0
@@ -137,12 +138,16 @@ class DiskCache:
             entry.leases += 1
         lease = DiskLease()
         weakref.finalize(lease, self._release, entry, self._lease_lock(entry.repository))
-        entry.nbytes = _size(folder)
+        nbytes = _size(folder)
+        with self._lock:
+            if self._entries.get(folder) is entry:
+                self._used += nbytes - entry.nbytes
+            entry.nbytes = nbytes
         with contextlib.suppress(OSError):
             os.utime(folder, (entry.last_used, entry.last_used))
         if not (folder / CONFIG_NAME).exists():
             with self._lock:
-                self._entries.pop(folder, None)
+                self._drop(entry)
             return None
         return lease
 
@@ -166,13 +171,13 @@ class DiskCache:
         return self._remove(victims)
 
     def stats(self) -> dict[str, int]:
-        with self._lock:
-            return {
-                "bytes_total": self.max_bytes,
-                "bytes_used": self._used,
-                "entries": len(self._entries),
-                "evictions": self._evictions,
-            }
+        """For the engine's thread, which waits for nobody: without the lock, since each number is read at once."""
+        return {
+            "bytes_total": self.max_bytes,
+            "bytes_used": self._used,
+            "entries": len(self._entries),
+            "evictions": self._evictions,
+        }
 
     def entries(self) -> list[dict[str, Any]]:
         """source, id, revision, bytes and last_used (seconds since the epoch), most recently used first."""
@@ -189,9 +194,16 @@ class DiskCache:
             for entry in entries
         ]
 
-    @property
-    def _used(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values())
+    def _add(self, entry: _Entry) -> None:
+        """With the lock held, as `_drop`."""
+        self._drop(self._entries.get(entry.folder))
+        self._entries[entry.folder] = entry
+        self._used += entry.nbytes
+
+    def _drop(self, entry: _Entry | None) -> None:
+        if entry is not None and self._entries.get(entry.folder) is entry:
+            del self._entries[entry.folder]
+            self._used -= entry.nbytes
 
     def _is_free(self, entry: _Entry) -> bool:
         return not (entry.leases or entry.repository in self._writing or entry.repository in self._removing)
@@ -207,7 +219,7 @@ class DiskCache:
                     break
                 if _used_elsewhere(entry):
                     continue
-                del self._entries[entry.folder]  # `needed` counts what is left
+                self._drop(entry)  # `needed` counts what is left
                 victims.append(entry)
             self._forget(victims)
             self._evictions += len(victims)
@@ -216,7 +228,7 @@ class DiskCache:
     def _forget(self, victims: list[_Entry]) -> None:
         """With the lock held: `_remove` will follow, and until then nobody may read or write in their repositories."""
         for entry in victims:
-            self._entries.pop(entry.folder, None)
+            self._drop(entry)
             self._removing.add(entry.repository)
 
     def _remove(self, victims: list[_Entry]) -> int:
@@ -236,7 +248,8 @@ class DiskCache:
                     _close(lock)
         finally:
             with self._removed:
-                self._entries.update((entry.folder, entry) for entry in kept)
+                for entry in kept:
+                    self._add(entry)
                 self._removing.difference_update(entry.repository for entry in victims)
                 self._removed.notify_all()
         return sum(entry.nbytes for entry in victims) - sum(entry.nbytes for entry in kept)
@@ -290,7 +303,7 @@ class DiskCache:
                     entry = _Entry(
                         source, _adapter_id(repository), folder, _size(folder), folder.stat().st_mtime
                     )
-                    self._entries[folder] = entry
+                    self._add(entry)
         for doomed in self.root.glob(f"*/*/snapshots/*{_REMOVED}"):  # whose removal broke off
             shutil.rmtree(doomed, ignore_errors=True)
         for partial in self.root.glob("*/*/*/*"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fakes_adapters import Bench, FakeAdapter, ref
+
+from lorax_backend.adapters.disk_cache import DiskCache
 
 SLOTS = 4
 
@@ -91,3 +95,37 @@ def test_the_report_counts_what_loads_waits_runs_and_is_pinned() -> None:
     bench.settle()
     stats = bench.adapters.stats()
     assert (stats["loading"], stats["pinned"], stats["running"], stats["waiting"]) == (0, 0, [], [])
+
+
+def test_the_report_of_the_disk_waits_for_nobody_and_adds_nothing_up(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", 1 << 20)
+    held, done, released = threading.Event(), threading.Event(), []
+
+    def hold() -> None:
+        with cache._lock:  # as somebody does who looks for room
+            held.set()
+            released.append(done.wait(30))
+
+    lines = []
+    for number in range(60):
+        folder = cache.repository("s3", f"a{number}") / "snapshots" / "r1"
+        with cache.writing(cache.repository("s3", f"a{number}"), 100, f"a{number}"):
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_bytes(b"0" * 100)
+            assert cache.lease("s3", f"a{number}", folder) is not None
+        if number in (9, 59):
+            lines.append(lines_run(cache.stats))
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(30)
+    stats = cache.stats()
+    done.set()
+    holder.join(60)
+    assert released == [True], "the report came while the lock was held"
+    assert (stats["entries"], stats["bytes_used"]) == (60, 6000)
+    assert lines[0] == lines[1]
+    cache.purge("s3", "a3")
+    assert cache.stats()["bytes_used"] == 5900
+    cache.shrink()
+    assert cache.stats()["bytes_used"] == sum(entry["bytes"] for entry in cache.entries()) < 4500
+    assert DiskCache(tmp_path / "cache", 1 << 20).stats()["bytes_used"] == cache.stats()["bytes_used"]
