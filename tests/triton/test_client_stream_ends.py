@@ -21,8 +21,8 @@ from lorax_triton import AsyncClient, Client, TokenStream
 pytestmark = pytest.mark.triton
 
 PROMPT = "hello world"
-EXIT_TIMEOUT_S = 20
-STOPPED_S = 12.0
+EXIT_TIMEOUT_S = 60
+STOPPED_S = 45.0
 StartTiny = Callable[..., tuple[TritonServer, TritonCaller]]
 
 

@@ -76,7 +76,7 @@ def test_after_kill_9_of_the_stub_no_caller_hangs_and_nothing_is_left(start_tiny
         brief.rest()
     # The server keeps its callers waiting, unless losing its model brings it down as well.
     assert caught.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
-    wait_for(lambda: all(processes.is_dead(pid) for pid in children), 5.0)
+    wait_for(lambda: all(processes.is_dead(pid) for pid in children), 60.0)
     # Whoever watches the server ends it, which tells the callers that would still wait.
     ended = server.wait(poll_s=0.2)
     assert "process died" in ended.reason
@@ -165,7 +165,7 @@ def test_the_metrics_page_shows_the_services_counters(server, caller):
     answer = caller.generate({**PROMPT, "max_tokens": 7}, parameters=EXACT)
     assert answer.error is None
 
-    wait_for(lambda: any(value >= 7 for name, value in counted().items() if "generated_tokens" in name), 10.0)
+    wait_for(lambda: any(value >= 7 for name, value in counted().items() if "generated_tokens" in name), 60.0)
     assert len(counted()) >= 5
 
 
@@ -179,14 +179,14 @@ def test_the_metrics_page_follows_adapters_and_forgets_which_ran_before(server, 
 
     long = {**PROMPT, "max_tokens": 1500, "adapter_id": tiny_adapters[0], "stream": True}
     stream = caller.stream(long, parameters=EXACT)
-    wait_for(listed, 10.0)
+    wait_for(listed, 60.0)
     assert len(lines("lorax_lora_requests_info")) <= 2  # the one before goes right after
     assert stream.rest().error is None
 
-    wait_for(lambda: not listed(), 10.0)
-    wait_for(lambda: len(lines("lorax_lora_requests_info")) == 1, 10.0)
+    wait_for(lambda: not listed(), 60.0)
+    wait_for(lambda: len(lines("lorax_lora_requests_info")) == 1, 60.0)
     adapter = f'adapter="local:{tiny_adapters[0]}"'
-    wait_for(lambda: any(adapter in line for line in lines("lorax_adapter_generated_tokens_total")), 10.0)
+    wait_for(lambda: any(adapter in line for line in lines("lorax_adapter_generated_tokens_total")), 60.0)
     loads = [line for line in lines("lorax_adapter_load_duration_count") if 'tier="device"' in line]
     assert float(loads[0].rpartition(" ")[2]) >= 1
     assert len(lines("lorax_cache_config_info")) == 1
@@ -203,7 +203,7 @@ def test_an_unloaded_model_finishes_its_streams_and_can_be_loaded_and_stopped(st
     assert repository("models/lorax/unload") == (200, "")
     rest = stream.rest()
     assert len(first.outputs["token_ids"]) + len(rest.token_ids) == 1500
-    wait_for(lambda: '"UNAVAILABLE"' in repository("index")[1], 20.0)
+    wait_for(lambda: '"UNAVAILABLE"' in repository("index")[1], 60.0)
 
     assert repository("models/lorax/load") == (200, "")
     assert caller.generate({**PROMPT, "max_tokens": 3}, parameters=EXACT).error is None

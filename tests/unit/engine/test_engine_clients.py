@@ -111,7 +111,7 @@ def test_bad_control_commands_are_refused_and_hurt_nobody(start: Start) -> None:
 
 def test_control_gives_up_after_its_timeout(start: Start) -> None:
     engine, owner = start(step_seconds=0.5)
-    engine.submit(make_request(1, max_new_tokens=20))
+    engine.submit(make_request(1, **_FOREVER))
     owner.wait(lambda: owner.of(1))
     with pytest.raises(EngineDeadError, match=r"did not answer 'stats' within 0\.01 s"):
         ask_until_refused(engine, timeout=0.01)
