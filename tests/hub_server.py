@@ -41,11 +41,13 @@ class Fault:
 
 
 class HubServer:
-    """Use as a context manager. `requests` lists what was asked: (method, path, token)."""
+    """Use as a context manager. `requests` lists what was asked: (method, path, token); `ranges` the Range headers of
+    files, by path and in order."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, str]] = []
+        self.ranges: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self._lock = threading.Lock()
         self._holds: list[threading.Event] = []
@@ -196,6 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if self.command == "GET":
+            self.server_hub.ranges.append((f"{repo_id}/{name}", self.headers.get("Range", "")))
         if start is None:
             self._send(200, data, headers)
         else:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # typ
 from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.hub_errors import is_disk_full, is_transient, retry_after, translate
+from lorax_backend.adapters.sources.hub_parts import download_blob
 from lorax_backend.adapters.sources.retry import Retry
 from lorax_backend.adapters.sources.tokens import token_digest
 from lorax_backend.adapters.weight_files import CONFIG_NAME, TEMPLATE_NAMES, choose_weight_names
@@ -32,6 +33,8 @@ T = TypeVar("T")
 _TRUE = ("1", "true", "yes", "on")
 _REQUEST_TIMEOUT_S = 10.0
 _MAIN = "main"
+_WEIGHTS = (".safetensors", ".bin")
+_DOWNLOADS = 3  # of one adapter, when its files vanish meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +116,18 @@ class HubSource:
             if self.disk is not None:
                 repository = self.disk.folder(self.name) / f"models--{client.ref.id.replace('/', '--')}"
                 stack.enter_context(self.disk.writing(repository, sum(sizes.values())))
-            folders = {client.download(name, commit, size).parent for name, size in sizes.items()}
-            if len(folders) != 1:
-                raise AdapterDownloadError(
-                    f"{client.ref}: the files of one revision ended in {len(folders)} folders of the cache"
-                )
-            client.remember_revision(commit)
-            folder = folders.pop()
-            return FetchedAdapter(folder, commit, public, False, self._lease(client.ref, folder))
+            for _ in range(_DOWNLOADS):
+                folders = {client.download(name, commit, size).parent for name, size in sizes.items()}
+                if len(folders) != 1:
+                    raise AdapterDownloadError(
+                        f"{client.ref}: the files of one revision ended in {len(folders)} folders of the cache"
+                    )
+                client.remember_revision(commit)
+                folder = folders.pop()
+                lease = self._lease(client.ref, folder)
+                if all((folder / name).exists() for name in sizes):
+                    return FetchedAdapter(folder, commit, public, False, lease)
+        raise AdapterDownloadError(f"{client.ref}: somebody removes its files as they come to the disk cache")
 
     def _lease(self, ref: AdapterRef, folder: Path) -> DiskLease | None:
         if self.disk is None or not folder.is_relative_to(self.disk.root):
@@ -199,6 +206,16 @@ class _HubClient:
         another size than `size` is downloaded anew."""
 
         def work(force: bool = False) -> Path:
+            if name.endswith(_WEIGHTS) and not force:
+                download_blob(
+                    self.ref.id,
+                    name,
+                    revision,
+                    self.source.cache_dir,
+                    self.endpoint,
+                    self.token,
+                    self.source.deadline_s,
+                )
             path = hf_hub_download(
                 self.ref.id,
                 name,
@@ -213,9 +230,11 @@ class _HubClient:
             return Path(path)
 
         path = self._try(work)
-        if size and path.stat().st_size != size:
-            path = self._try(lambda: work(force=True))
-        return path
+        try:
+            whole = not size or path.stat().st_size == size
+        except FileNotFoundError:  # it has just been removed
+            whole = False
+        return path if whole else self._try(lambda: work(force=True))
 
     def remember_revision(self, commit: str) -> None:
         """Let the cache know the commit a branch stands for, so that the adapter is found offline later."""

@@ -80,6 +80,8 @@ def is_transient(error: Exception) -> bool:
             return cause.response is not None and cause.response.status_code in _TRANSIENT_STATUS
         if isinstance(cause, TransportError | ConnectionError | TimeoutError):
             return True
+        if type(cause) is FileNotFoundError:
+            return True  # somebody has removed the folder that it was to be stored in
         if (
             isinstance(cause, OSError)
             and cause.errno is None

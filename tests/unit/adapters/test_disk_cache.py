@@ -322,6 +322,40 @@ def test_a_cached_file_cut_short_is_downloaded_again(
     assert (fetched.folder / weights.name).read_bytes() == files[weights.name]
 
 
+@pytest.mark.parametrize(
+    ("place", "times"),
+    [("adapter_config.json", 1), ("adapter_model.safetensors", 1), ("adapter_model.safetensors", 9)],
+)
+def test_a_hub_repository_removed_between_its_files_is_downloaded_again_a_few_times(
+    place: str,
+    times: int,
+    hub: HubServer,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lorax_backend.adapters.sources import hub as module
+
+    hub.commit("org/a", files)
+    download, left = module.hf_hub_download, [times]
+
+    def removed_between(*args: object, **options: object) -> str:
+        path = download(*args, **options)  # type: ignore[arg-type]
+        if args[1] == place and options["revision"] != "main" and left[0]:
+            left[0] -= 1
+            shutil.rmtree(tmp_path / "disk" / "hub" / "models--org--a")
+        return path  # type: ignore[return-value]
+
+    monkeypatch.setattr(module, "hf_hub_download", removed_between)
+    source = hub_source(DiskCache(tmp_path / "disk", 1 << 30))
+    if times == 1:
+        fetched = source.fetch(AdapterRef("hub", "org/a"), None)
+        assert {path.name: path.read_bytes() for path in fetched.folder.iterdir()} == files
+    else:
+        with pytest.raises(AdapterDownloadError, match="removes its files"):
+            source.fetch(AdapterRef("hub", "org/a"), None)
+
+
 @contextmanager
 def small_files() -> Iterator[None]:
     """Files of at most 2 KiB can be written, as on a disk that is full.

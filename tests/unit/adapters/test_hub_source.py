@@ -226,9 +226,30 @@ def test_a_file_cut_short_is_taken_up_where_it_ended(
     hub: HubServer, files: dict[str, bytes], source: HubSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50)
     hub.commit(REF.id, files)
     hub.add_fault(f"GET /org/adapter/resolve/{hub.repositories[REF.id].branches['main']}/{WEIGHTS}", cut=100)
     assert (source.fetch(REF, None).folder / WEIGHTS).read_bytes() == files[WEIGHTS]
+    assert [asked for path, asked in hub.ranges if path.endswith(WEIGHTS)] == ["", "bytes=100-"]
+
+
+def test_another_process_takes_up_what_broke_off(
+    hub: HubServer, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50)
+    hub.commit(REF.id, files)
+    commit = hub.repositories[REF.id].branches["main"]
+    hub.add_fault(f"GET /org/adapter/resolve/{commit}/{WEIGHTS}", cut=100)
+    hub.add_fault(f"GET /org/adapter/resolve/{commit}/{WEIGHTS}", times=50, status=503)
+    failure(
+        HubSource(cache_dir=str(tmp_path / "c"), attempts=1, sleep=lambda seconds: None), AdapterDownloadError
+    )
+    hub.faults.clear()
+    hub.ranges.clear()
+    later = HubSource(cache_dir=str(tmp_path / "c"))
+    assert (later.fetch(REF, None).folder / WEIGHTS).read_bytes() == files[WEIGHTS]
+    assert [asked for path, asked in hub.ranges if path.endswith(WEIGHTS)] == ["bytes=100-"]
 
 
 def test_a_hub_that_is_not_there_is_told(
