@@ -20,9 +20,8 @@ queue that has had its part goes behind the others in the same step. What is pas
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from operator import attrgetter
 
@@ -34,7 +33,8 @@ from lorax_backend.scheduler.rotation import Rotation
 from lorax_backend.scheduler.rows import RunningRows
 from lorax_backend.scheduler.sequence import Sequence, SequenceStatus
 from lorax_backend.scheduler.settings import SchedulerSettings
-from lorax_backend.scheduler.waiting import Order, Present, WaitingQueues, queue_of
+from lorax_backend.scheduler.shares import HEADROOM, AdmissionStep, Shares
+from lorax_backend.scheduler.waiting import Order, WaitingQueues, queue_of
 from lorax_backend.types import AdapterRef
 
 _MAX_REFUSALS = 32  # of one step, so that a long queue without room costs little
@@ -44,32 +44,7 @@ _MAX_CLAIMS_TRIED = 4
 _MAX_WITHOUT_ROOM = 8  # adapters refused by the device in one step; it is not asked about more
 _MAX_LOOKED_UP = 32  # adapters of which one step asks whether they are on the device
 _MAX_PREFETCHED = 4
-_HEADROOM = 8  # one part in this many of rows and blocks
-_PROMPT_PART = 4  # one part in this many of a step's tokens
-_MIN_PROMPT_PART = 256  # tokens; steps get no shorter by less
 _PLACE = attrgetter("counter", "served_at", "number")
-
-
-@dataclass(slots=True)
-class _Step:
-    """One step's admissions. `is_open` is False once nothing more may start, `room_is_open` False once no further
-    adapter may be taken into use; `passed` counts the sequences of a queue that were looked at in vain, `computed` the
-    tokens of its prompts."""
-
-    plan: StepPlan
-    now: float
-    prefilling: dict[AdapterQueue, deque[Sequence]]
-    is_open: bool
-    num_under_way: int
-    room_is_open: bool = True
-    num_refused: int = 0
-    num_awaiting: int = 0
-    num_without_room: int = 0
-    num_looked_up: int = 0
-    present: Present | None = None
-    blocks_used: Counter[AdapterQueue] | None = None
-    passed: Counter[AdapterQueue] = field(default_factory=Counter)
-    computed: Counter[AdapterQueue] = field(default_factory=Counter)
 
 
 class Admission:
@@ -94,6 +69,7 @@ class Admission:
         self._queues = queues
         self._rows = rows
         self._blocks = blocks
+        self._shares = Shares(settings, queues, rows)
 
     def fill(self, plan: StepPlan, prefilling: Iterable[Sequence], now: float) -> None:
         """Add prompts to the step: chunks of `prefilling`, which run already, and sequences that wait."""
@@ -102,7 +78,7 @@ class Admission:
         for seq in prefilling:
             under_way.setdefault(queue_of(seq), deque()).append(seq)
             num_under_way += 1
-        step = _Step(plan, now, under_way, bool(self._rows.free and plan.budget), num_under_way)
+        step = AdmissionStep(plan, now, under_way, bool(self._rows.free and plan.budget), num_under_way)
         backlogged = self._queues.has_backlog
         if backlogged:
             self.rotation.choose(now)
@@ -112,7 +88,7 @@ class Admission:
         if backlogged:
             self._prefetch()
 
-    def _serve(self, step: _Step) -> None:
+    def _serve(self, step: AdmissionStep) -> None:
         """Give the queues their parts in fair order. Most steps have room for one or two, so the places of the others
         are not worked out: they come as a stream, sorted already."""
         first = dict.fromkeys(step.prefilling)
@@ -125,7 +101,7 @@ class Admission:
         located: set[AdapterQueue] = set()
         while step.plan.budget and (step.is_open or step.num_under_way):
             while coming is not None and not (heap and heap[0] < coming):
-                if self._may_be_admitted(coming[1], step) and not self._must_hold(coming[1], step):
+                if self._may_be_admitted(coming[1], step) and not self._shares.must_hold(coming[1], step):
                     heapq.heappush(heap, coming)
                 coming = next(others, None)
             if not heap:
@@ -140,14 +116,14 @@ class Admission:
                 heapq.heappop(heap)
 
     def _in_order(
-        self, others: dict[AdapterQueue, None], step: _Step
+        self, others: dict[AdapterQueue, None], step: AdmissionStep
     ) -> Iterator[tuple[Order, AdapterQueue]]:
         """Queues with ready sequences but `others`, none of which is overdue, with their places."""
         busy = sorted([queue for queue in self._queues.busy if queue not in others], key=_PLACE)
         idle = [queue for queue in self._queues.idle() if queue not in others]
         return heapq.merge(*(((self._order(q, step.now), q) for q in queues) for queues in (busy, idle)))
 
-    def _may_be_admitted(self, queue: AdapterQueue, step: _Step) -> bool:
+    def _may_be_admitted(self, queue: AdapterQueue, step: AdmissionStep) -> bool:
         """False if none of its sequences can start in this step, whatever they are."""
         if self.rotation.is_closed(queue):
             return False
@@ -160,7 +136,7 @@ class Admission:
         idle = queue.ref is not None and not queue.running
         return self._queues.order(queue, now, self._settings.grouping / 2 if idle else 0.0)
 
-    def _is_far(self, queue: AdapterQueue, located: set[AdapterQueue], step: _Step) -> bool:
+    def _is_far(self, queue: AdapterQueue, located: set[AdapterQueue], step: AdmissionStep) -> bool:
         """True, once, for an adapter that would have to be copied to the device."""
         if queue.ref is None or queue.running or queue in located or step.num_looked_up == _MAX_LOOKED_UP:
             return False
@@ -168,7 +144,7 @@ class Admission:
         located.add(queue)
         return not self._adapters.is_on_device(queue.ref)
 
-    def _serve_claims(self, step: _Step) -> None:
+    def _serve_claims(self, step: AdmissionStep) -> None:
         """Those that have waited for room on the device go first, so that what others yield is theirs."""
         for queue in islice(self.rotation.claims, _MAX_CLAIMS_TRIED):
             if not queue.ready:
@@ -176,15 +152,15 @@ class Admission:
                 continue
             if not step.is_open:
                 return
-            if self._allowance(queue, step) == 0:
+            if self._shares.allowance(queue, step) == 0:
                 continue
             if not self._admit(queue, step) and self.rotation.has_overdue_claim(step.now):
                 step.room_is_open = False
                 return
 
-    def _serve_one(self, queue: AdapterQueue, step: _Step) -> bool:
+    def _serve_one(self, queue: AdapterQueue, step: AdmissionStep) -> bool:
         """Compute a chunk of a prompt under way, or admit one sequence; False if the queue can be given no more."""
-        if self._allowance(queue, step) == 0:
+        if self._shares.allowance(queue, step) == 0:
             return False
         under_way = step.prefilling.get(queue)
         while under_way:
@@ -195,9 +171,9 @@ class Admission:
                 return True
         return step.is_open and self._admit(queue, step)
 
-    def _admit(self, queue: AdapterQueue, step: _Step) -> bool:
+    def _admit(self, queue: AdapterQueue, step: AdmissionStep) -> bool:
         """Start the first sequence of the queue that can; False if there is none."""
-        if not queue.ready or not self._may_be_admitted(queue, step) or self._must_hold(queue, step):
+        if not queue.ready or not self._may_be_admitted(queue, step) or self._shares.must_hold(queue, step):
             return False
         while step.is_open and step.passed[queue] < len(queue.ready):
             seq = queue.ready[step.passed[queue]]
@@ -212,7 +188,7 @@ class Admission:
                 step.passed[queue] += 1
         return False
 
-    def _try(self, seq: Sequence, queue: AdapterQueue, step: _Step) -> bool | None:
+    def _try(self, seq: Sequence, queue: AdapterQueue, step: AdmissionStep) -> bool | None:
         """Start one sequence. False if none of its queue can start now, None if another may."""
         prefix = self._matched_prefix(seq)
         if self._awaits_prefix(seq, prefix, step.now):
@@ -240,67 +216,23 @@ class Admission:
             step.room_is_open = False
         return False
 
-    def _refuse(self, seq: Sequence, step: _Step) -> None:
+    def _refuse(self, seq: Sequence, step: AdmissionStep) -> None:
         """There are no blocks for it. Close the step to others when it has been passed over for long enough."""
         step.num_refused += 1
         if seq.refused_since is None:
             seq.refused_since = step.now
-        if self._is_aged(seq, step.now) or step.num_refused == _MAX_REFUSALS:
+        if self._shares.is_aged(seq, step.now) or step.num_refused == _MAX_REFUSALS:
             step.is_open = False
 
-    def _is_aged(self, seq: Sequence, now: float) -> bool:
-        return seq.refused_since is not None and now - seq.refused_since > self._settings.skip_bound_s
-
-    def _must_hold(self, queue: AdapterQueue, step: _Step) -> bool:
-        """The adapter runs as many sequences as it may, or as it should while others may come."""
-        if not queue.running:
-            return False
-        cap = self._settings.max_running_per_adapter
-        if cap and queue.running >= cap:
-            queue.served_at = step.now
-            return True
-        if len(self._rows.free) > self._rows.num_rows // _HEADROOM:
-            return False
-        return not self._is_overdue(queue, step.now) and self._exceeds_share(
-            queue, queue.running, self._rows.num_rows, step
-        )
-
-    def _has_blocks(self, seq: Sequence, prefix: list[int], queue: AdapterQueue, step: _Step) -> bool:
+    def _has_blocks(self, seq: Sequence, prefix: list[int], queue: AdapterQueue, step: AdmissionStep) -> bool:
         """True if a newcomer finds blocks and leaves about what the running sequences grow by in the next few steps, so
         that it is not preempted as soon as it has started. Nothing runs: nothing to leave, so anything can start."""
         if not self._rows.sequences:
             return self._blocks.can_allocate(seq, prefix)
         reserve = len(self._rows.sequences) // 4 + 1
-        if self._blocks.can_allocate(seq, prefix, reserve + self._settings.num_blocks // _HEADROOM):
+        if self._blocks.can_allocate(seq, prefix, reserve + self._settings.num_blocks // HEADROOM):
             return True
-        return self._blocks.can_allocate(seq, prefix, reserve + self._headroom(seq, queue, step))
-
-    def _headroom(self, seq: Sequence, queue: AdapterQueue, step: _Step) -> int:
-        """Blocks that are kept from the newcomer for others, since its adapter has more than its share."""
-        if not queue.running or self._is_aged(seq, step.now) or self._is_overdue(queue, step.now):
-            return 0
-        if step.blocks_used is None:
-            step.blocks_used = Counter()
-            for other in self._rows.sequences:
-                step.blocks_used[queue_of(other)] += len(other.block_table)
-        if self._exceeds_share(queue, step.blocks_used[queue], self._settings.num_blocks, step):
-            return self._settings.num_blocks // _HEADROOM
-        return 0
-
-    def _is_overdue(self, queue: AdapterQueue, now: float) -> bool:
-        return now - queue.served_at > self._settings.fairness_bound_s
-
-    def _exceeds_share(self, queue: AdapterQueue, used: int, total: int, step: _Step) -> bool:
-        """The adapter has both its share of `total` and, so far, more tokens than the others."""
-        present = self._present(step)
-        alone = present.weight <= queue.weight
-        ahead = queue.counter > present.mean_counter
-        return not alone and ahead and used * present.weight >= total * queue.weight
-
-    def _present(self, step: _Step) -> Present:
-        if step.present is None:
-            step.present = self._queues.present(step.now)
-        return step.present
+        return self._blocks.can_allocate(seq, prefix, reserve + self._shares.headroom(seq, queue, step))
 
     def _matched_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the prefix cache that `seq` may take up: none if every position of its prompt must be computed."""
@@ -315,7 +247,11 @@ class Admission:
         return self._awaits_prefix(seq, self._matched_prefix(seq), now)
 
     def _awaits_prefix(self, seq: Sequence, prefix: list[int], now: float) -> bool:
-        if seq.sampling.prompt_logprobs or self._is_aged(seq, now) or self._is_overdue(queue_of(seq), now):
+        if (
+            seq.sampling.prompt_logprobs
+            or self._shares.is_aged(seq, now)
+            or self._shares.is_overdue(queue_of(seq), now)
+        ):
             return False
         coming = self._blocks.num_coming(seq, len(prefix))
         missing = self._blocks.blocks_for(len(seq.token_ids)) - len(prefix)
@@ -333,7 +269,7 @@ class Admission:
         self.prefill_turn = not plan.prefill_first
         return True
 
-    def _start(self, seq: Sequence, prefix: list[int], step: _Step) -> None:
+    def _start(self, seq: Sequence, prefix: list[int], step: AdmissionStep) -> None:
         queue = queue_of(seq)
         self._queues.remove(seq)
         self._blocks.allocate(seq, prefix)
@@ -353,19 +289,12 @@ class Admission:
         self._compute(seq, step)
         step.is_open = bool(step.plan.budget and self._rows.free)
 
-    def _compute(self, seq: Sequence, step: _Step) -> None:
+    def _compute(self, seq: Sequence, step: AdmissionStep) -> None:
         queue = queue_of(seq)
-        count = step.plan.add(seq, self._allowance(queue, step))
+        count = step.plan.add(seq, self._shares.allowance(queue, step))
         queue.charge(seq, count)
         queue.served_at = step.now
         step.computed[queue] += count
-
-    def _allowance(self, queue: AdapterQueue, step: _Step) -> int | None:
-        """Prompt tokens that the adapter may still compute in this step; None if nobody else is about."""
-        if not self._settings.chunked_prefill or self._present(step).weight <= queue.weight:
-            return None
-        part = max(_MIN_PROMPT_PART, self._settings.step_budget // _PROMPT_PART)
-        return max(0, part - step.computed[queue])
 
     def _prefetch(self) -> None:
         """Name the adapters that come next and are not on the device yet."""
