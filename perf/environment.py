@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -24,12 +25,20 @@ def environment() -> dict[str, str]:
         "load": f"{os.getloadavg()[0]:.1f} (one-minute average before the run)",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
     }
+    facts |= kernel_settings()
     for name in _PACKAGES:
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return facts
+
+
+def kernel_settings() -> dict[str, str]:
+    """Fields of the kernels' configurations that the environment sets (`lorax_kernels.tuning`)."""
+    return {
+        name: value for name, value in sorted(os.environ.items()) if re.fullmatch(r"LORAX_\w+_CONFIG", name)
+    }
 
 
 def _cpu_model() -> str:

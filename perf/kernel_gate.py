@@ -20,8 +20,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from environment import kernel_settings
+
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("tests/gpu/test_gpu_lora.py", "tests/gpu/test_gpu_riding.py", "tests/gpu/test_gpu_attention.py")
+# All of the device's kernels, however many files their tests are in.
+TESTS = ("test_gpu_lora*.py", "test_gpu_rid*.py", "test_gpu_*attention*.py", "test_gpu_fused*.py")
 SOURCES = ("kernels/lorax_kernels", "tests/kernels", "tests/gpu")
 STAMP = ROOT / "perf" / "results" / "local" / "kernel_tests.json"
 _SUFFIXES = {".py", ".json"}
@@ -55,7 +58,7 @@ def digest_of(paths: Iterable[Path], device: str) -> str:
 
 
 def device_name() -> str:
-    """The GPU and the versions that compile for it."""
+    """The GPU, the versions that compile for it, and what the environment sets of the kernels."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -63,7 +66,12 @@ def device_name() -> str:
         compiler = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         compiler = "none"
-    return f"{gpu}, torch {torch.__version__}, triton {compiler}"
+    return f"{gpu}, torch {torch.__version__}, triton {compiler}, {kernel_settings()}"
+
+
+def kernel_tests() -> list[Path]:
+    """The files of the kernels' tests."""
+    return sorted({path for pattern in TESTS for path in (ROOT / "tests" / "gpu").glob(pattern)})
 
 
 def require_green(
@@ -77,7 +85,7 @@ def require_green(
     Raises:
         KernelTestsError: a test failed, none ran, or they cannot be run here.
     """
-    tests = [ROOT / name for name in TESTS] if tests is None else list(tests)
+    tests = kernel_tests() if tests is None else list(tests)
     sources = [ROOT / name for name in SOURCES] if sources is None else list(sources)
     names = tuple(path.name for path in tests)
     digest = digest_of(sources, device if device is not None else device_name())

@@ -9,7 +9,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from kernel_gate import KernelTestRun, KernelTestsError, digest_of, require_green
+from kernel_gate import (
+    KernelTestRun,
+    KernelTestsError,
+    device_name,
+    digest_of,
+    kernel_tests,
+    require_green,
+)
 
 PERF = Path(__file__).resolve().parents[3] / "perf"
 GREEN = "def test_right() -> None:\n    assert True\n"
@@ -70,6 +77,18 @@ def test_a_pass_on_another_device_or_of_another_kernel_is_worth_nothing(tmp_path
         require_green([test], [source], tmp_path / "stamp.json", "a device")
 
 
+def test_a_pass_counts_only_for_the_settings_it_was_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = device_name()
+    monkeypatch.setenv("LORAX_LORA_CONFIG", '{"shrink": "fused"}')
+    assert device_name() != plain
+
+
+def test_the_gate_runs_every_file_of_the_kernels_tests() -> None:
+    names = {path.name for path in kernel_tests()}
+    assert {"test_gpu_lora.py", "test_gpu_attention.py"} <= names
+    assert "test_gpu_runner.py" not in names
+
+
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """perf/kernels.py with measurements that need no device. Not under its own name, which breaks transformers."""
@@ -79,7 +98,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.syspath_prepend(str(PERF))
     spec.loader.exec_module(module)
-    row = {"tokens": 1, "adapters": 1, "rank": 16, "floor_us": 1.0, "in_situ_us": 7.0, "base_us": 9.0,
+    row = {"tokens": 1, "adapters": 1, "rank": 16, "floor_us": 1.0, "in_situ_us": 7.0, "base_us": 9.0, "goal_us": 8.0,
            "sites": {"o": 7.0}, "shrink_us": {"o": 3.0}, "expand_us": {"o": 4.0}}  # fmt: skip
     monkeypatch.setattr(module, "measured_floors", lambda: {"copy_gbs": 1.0, "tflops": 1.0})
     monkeypatch.setattr(module, "measure_lora", lambda *_: [row])
