@@ -29,7 +29,9 @@ _BOOT = (
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "TZ")
 _MAX_IDLE = 4
 _END_WAIT_S = 5.0
-_REMEDY = "correct the adapter's chat_template.jinja or tokenizer_config.json, or send a prompt instead of messages"
+_REMEDY = (
+    "correct the adapter's chat_template.jinja or tokenizer_config.json, or send a prompt instead of messages"
+)
 
 
 class TemplateSandbox:
