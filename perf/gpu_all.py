@@ -102,6 +102,8 @@ PARTS = (
          ("perf/triton_load.py", *_TINY, "--random-adapters", "2", "--concurrency", "2", "--requests", "6",
           "--max-tokens", "6", "--prompt-words", "6", "--output", "{out}/perf_analyzer-tiny.md"),
          "NVIDIA's perf_analyzer against the server"),
+    Part("adapter_soak", 600, ("perf/adapter_life.py", "soak", "--model", "llama3-8b", "--minutes", "6", "--out",
+                               "{out}/adapter_soak-llama3-8b.json"), None, "2,000 adapters: memory flat, all answered"),
 )  # fmt: skip
 _NEEDS_ANALYZER = "perf_analyzer"
 
