@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import Base, read_files
+from adapter_files import Base, lora_tensors, read_files
 from hub_server import HubServer
 
 from lorax_backend.adapters.arena import LoraArena
@@ -21,12 +21,15 @@ from lorax_backend.errors import (
     AdapterIncompatibleError,
     AdapterNotFoundError,
     AdapterTooLargeError,
+    AdapterUnauthorizedError,
     LoraxError,
     ValidationError,
 )
 from lorax_backend.types import AdapterRef
 
 WAIT = 60.0
+WEIGHTS = "adapter_model.safetensors"
+MODULES = ("model.layers.0.self_attn.q_proj",)
 
 
 class Server:
@@ -149,14 +152,29 @@ def test_a_download_that_trickles_is_given_up_and_the_next_ones_go_on(
 
 
 def test_each_kind_of_failure_reaches_its_request(
-    hub: HubServer, make_adapter: Callable[..., Path], make_server: Callable[..., Server], tmp_path: Path
+    hub: HubServer,
+    make_adapter: Callable[..., Path],
+    make_server: Callable[..., Server],
+    tmp_path: Path,
+    tiny: Base,
 ) -> None:
     server = make_server(hub_cache=str(tmp_path / "cache"), max_lora_rank=16)
     hub.commit("org/dora", read_files(make_adapter("dora", use_dora=True)))
     hub.commit("org/private", read_files(make_adapter("private")), token="hf_owner")
+    wrong = {
+        name: tensor[:, :-1].contiguous() for name, tensor in lora_tensors(tiny.targets, MODULES).items()
+    }
+    hub.commit("org/shapes", read_files(make_adapter("shapes", modules=MODULES, tensors=wrong)))
+    cut = read_files(make_adapter("cut"))
+    hub.commit("org/cut", {**cut, WEIGHTS: cut[WEIGHTS][:-100]})
+    hub.commit("org/gated", read_files(make_adapter("gated")), token="hf_owner", gated=True)
     cases: list[tuple[AdapterRef, type[LoraxError], str]] = [
         (AdapterRef("hub", "org/dora"), AdapterIncompatibleError, "use_dora"),
         (AdapterRef("hub", "org/private"), AdapterNotFoundError, "api_token"),
+        (AdapterRef("hub", "org/shapes"), AdapterIncompatibleError, "the base model needs shape"),
+        (AdapterRef("hub", "org/cut"), AdapterIncompatibleError, "truncated"),
+        (AdapterRef("hub", "org/gated"), AdapterUnauthorizedError, "gated"),
+        (AdapterRef("hub", "org/dora", "v9"), AdapterNotFoundError, "'v9'"),
         (AdapterRef("hub", "org/none"), AdapterNotFoundError, "org/none"),
         (AdapterRef("hub", "not a repo"), ValidationError, "adapter_id"),
         (AdapterRef("gcs", "bucket/key"), ValidationError, "hub, local, pbase, s3"),

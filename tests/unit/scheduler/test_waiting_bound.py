@@ -126,7 +126,7 @@ def test_ever_new_adapters_do_not_starve_one_that_has_used_much() -> None:
         assert outcome.started_step - outcome.arrival_step <= n * (_FAIRNESS + 2 * (_FAIRNESS + 2))
 
 
-def test_an_adapter_under_continuous_traffic_cannot_keep_its_room() -> None:
+def test_a56_an_adapter_under_continuous_traffic_cannot_keep_its_room() -> None:
     """Four adapters for two slots, all flooded: every one is served again and again."""
     simulation = besieged_engine(FakeProvider({name: FakeAdapter() for name in _NAMES}, _SLOTS, _SLOTS))
     handle, starts = 0, {name: [0] for name in _NAMES}
