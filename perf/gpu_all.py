@@ -54,12 +54,13 @@ _TINY = ("--shape", "tiny")
 _TINY_TABLE = (*_TINY, "--prompt", "16", "--tokens", "16", "--max-total-tokens", "256", "--out", "{out}")
 # The most important first: what proves the kernels, what the issue of speed is decided by, then what takes longest.
 PARTS = (
-    Part("kernel_tests", 420, ("-m", "pytest", "-q", "-m", "gpu", "tests/gpu"), None, "tests of kernels and runner"),
+    Part("kernel_tests", 420, ("perf/kernel_gate.py",), None, "tests of the kernels"),
     Part("table_e", 300, ("perf/kernels.py", "--jobs", "8", "--shrink", "both", "--out", "{out}"), None,
          "LoRA kernels in situ, in every form"),
     Part("equality", 300, ("perf/gpu_equality.py", "--out", "{out}"),
          ("perf/gpu_equality.py", *_TINY, "--dtypes", "float32", "--streams", "4", "--tokens", "6", "--out", "{out}"),
          "greedy tokens: graphs, overlap, Triton or torch"),
+    Part("other_tests", 240, ("perf/kernel_gate.py", "--others"), None, "tests of runner, sampler and copies"),
     Part("table_b", 240, ("perf/engine_tables.py", "table_b", "--out", "{out}"),
          ("perf/engine_tables.py", "table_b", *_TINY_TABLE, "--streams", "1,4"), "decoding, 8B"),
     Part("table_b_1b", 150, ("perf/engine_tables.py", "table_b_1b", "--out", "{out}"),
@@ -215,7 +216,7 @@ def write_summary(
 def summary_text(outcomes: list[Outcome]) -> str:
     """One line a part."""
     return "\n".join(
-        f"{outcome.name:<14}{outcome.status:<12}{outcome.seconds:>7.1f} s  {outcome.note[:90]}"
+        f"{outcome.name:<16}{outcome.status:<12}{outcome.seconds:>7.1f} s  {outcome.note[:90]}"
         for outcome in outcomes
     )
 

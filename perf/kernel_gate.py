@@ -2,10 +2,14 @@
 
 A run that passed is kept as a stamp: the digest of the kernels, of their tests, and what they ran on. As long as
 nothing of that changes, the tests need not run again.
+
+    python perf/kernel_gate.py               # run them now; benchmarks that follow find the stamp
+    python perf/kernel_gate.py --others      # the other tests of a device instead: runner, sampler, copies
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -112,8 +116,8 @@ def _read(stamp: Path) -> KernelTestRun | None:
 
 def _run(tests: list[Path], digest: str) -> KernelTestRun:
     if importlib.util.find_spec("pytest") is None:
-        raise KernelTestsError("the kernels' tests did not run: this Python has no pytest")
-    print(f"running the kernels' tests: {', '.join(path.name for path in tests)}", flush=True)
+        raise KernelTestsError("the tests did not run: this Python has no pytest")
+    print(f"running tests: {', '.join(path.name for path in tests)}", flush=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
@@ -132,12 +136,12 @@ def _run(tests: list[Path], digest: str) -> KernelTestRun:
         passed, failed, skipped, time.monotonic() - started, digest, tuple(path.name for path in tests)
     )
     if failed:
-        raise KernelTestsError(f"the kernels' tests are red, {failed} failed:\n{tail}")
+        raise KernelTestsError(f"the tests are red, {failed} failed:\n{tail}")
     if done.returncode != 0:
-        raise KernelTestsError(f"the kernels' tests did not run to their end:\n{tail}")
+        raise KernelTestsError(f"the tests did not run to their end:\n{tail}")
     if not passed:
-        raise KernelTestsError(f"the kernels' tests did not run: {skipped} skipped, none passed")
-    print(f"{passed} tests of the kernels passed in {run.seconds:.0f} s", flush=True)
+        raise KernelTestsError(f"the tests did not run: {skipped} skipped, none passed")
+    print(f"{passed} tests passed in {run.seconds:.0f} s", flush=True)
     return run
 
 
@@ -160,3 +164,25 @@ def _count(report: Path) -> tuple[int, int, int]:
         failed += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
         skipped += int(suite.get("skipped", 0))
     return total - failed - skipped, failed, skipped
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--others", action="store_true", help="the tests of a device that are not of kernels")
+    args = parser.parse_args(argv)
+    try:
+        if args.others:
+            chosen = set((ROOT / "tests" / "gpu").glob("test_*.py")) - set(kernel_tests())
+            _run(sorted(chosen), "")
+        else:
+            require_green()
+    except KernelTestsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
