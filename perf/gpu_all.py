@@ -52,7 +52,7 @@ class Part:
 
 _TINY = ("--shape", "tiny")
 _TINY_TABLE = (*_TINY, "--prompt", "16", "--tokens", "16", "--max-total-tokens", "256", "--out", "{out}")
-# The most important first: what proves the kernels, what the issue of speed is decided by, then what takes longest.
+# The most important first: what proves the kernels, what decides about speed, then what takes longest.
 PARTS = (
     Part("kernel_tests", 420, ("perf/kernel_gate.py",), None, "tests of the kernels"),
     Part("table_e", 300, ("perf/kernels.py", "--jobs", "8", "--shrink", "both", "--out", "{out}"), None,
