@@ -134,7 +134,8 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's state, taken between steps. `adapter_tiers` is the provider's whole `stats()`."""
+    """A snapshot of the engine's state, taken between steps. `adapter_tiers` is the provider's whole `stats()`,
+    `step_counts` what `engine.step_counters` counted, `max_tokens` what running sequences may come to together."""
 
     waiting: int = 0
     running: int = 0
@@ -153,6 +154,8 @@ class EngineStats:
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
     adapter_tiers: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 0
+    step_counts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from typing import Any
+from lorax_backend.histogram import Histogram
 
 DEVICE, HOST, DISK, REMOTE = TIERS = ("device", "host", "disk", "remote")
 
@@ -27,28 +26,6 @@ LOAD_SECONDS = (
 )
 
 
-class Histogram:
-    """Counts of durations. `counts[i]` is of those above `bounds[i - 1]` and up to `bounds[i]`; the last has no end."""
-
-    def __init__(self, bounds: tuple[float, ...] = LOAD_SECONDS) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self.counts[bisect_left(self.bounds, seconds)] += 1
-        self.sum += seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        """`bounds` in seconds, `counts` one longer, `sum` in seconds, `count`."""
-        return {
-            "bounds": list(self.bounds),
-            "counts": list(self.counts),
-            "sum": self.sum,
-            "count": sum(self.counts),
-        }
-
-
 class AdapterCounters:
     """Attributes are dicts by tier, which only grow.
 
@@ -63,7 +40,7 @@ class AdapterCounters:
         self.hits = dict.fromkeys(TIERS, 0)
         self.loads = dict.fromkeys((DEVICE, HOST, DISK), 0)
         self.evictions = dict.fromkeys((DEVICE, HOST), 0)
-        self.seconds = {tier: Histogram() for tier in (DEVICE, HOST, DISK)}
+        self.seconds = {tier: Histogram(LOAD_SECONDS) for tier in (DEVICE, HOST, DISK)}
         self.failed_loads = 0
         self.dropped = 0
         self.auth_checks = 0

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorax_backend.engine.protocols import ADAPTER_COMMANDS, AdapterProvider, ModelRunner, StepHandle
+from lorax_backend.engine.step_counters import StepCounters
 from lorax_backend.errors import EngineDeadError, GenerationError, LoraxError, ValidationError
 from lorax_backend.scheduler.scheduler import Scheduler
 from lorax_backend.scheduler.sequence import ScheduledBatch, Sequence
@@ -56,7 +57,8 @@ class EngineCore:
         self._runner = runner
         self._settings = settings
         self._clock = clock
-        self._in_flight: deque[tuple[ScheduledBatch, StepHandle]] = deque()
+        self._in_flight: deque[tuple[ScheduledBatch, StepHandle, float]] = deque()
+        self._counters = StepCounters(clock)
         self._num_steps = 0
         self._num_failures = 0
         self._stalled = False
@@ -105,11 +107,12 @@ class EngineCore:
             EngineDeadError: too many steps in a row failed, or the device was lost.
         """
         outputs = self._end_requests_without_adapter()
+        started = self.scheduler.num_started
         batch = self.scheduler.schedule()
         outputs += self.scheduler.take_errors()
         self._stalled = batch is None and not self._in_flight
         if batch is not None:
-            outputs += self._launch(batch)
+            outputs += self._launch(batch, self.scheduler.num_started - started)
         if self._in_flight and (batch is None or len(self._in_flight) >= self._settings.depth):
             outputs += self._read()
         return outputs
@@ -166,6 +169,8 @@ class EngineCore:
             adapter_evictions=adapters["evictions"],
             adapter_tiers=adapters,
             steps=self._num_steps,
+            step_counts=self._counters.as_dict(),
+            max_tokens=scheduler.num_max_tokens,
             preemptions=scheduler.num_preemptions,
             prompt_tokens=scheduler.num_prompt_tokens,
             cached_prompt_tokens=scheduler.num_cached_prompt_tokens,
@@ -194,16 +199,17 @@ class EngineCore:
             outputs += self.scheduler.end_with_error(failure.handle, failure.error)
         return outputs
 
-    def _launch(self, batch: ScheduledBatch) -> list[TokenOutput]:
+    def _launch(self, batch: ScheduledBatch, num_started: int) -> list[TokenOutput]:
+        launched_at = self._counters.launch(batch, num_started)
         try:
             handle = self._runner.launch(batch)
         except Exception as error:
             return self.scheduler.fail(batch, self._step_failed(error, batch), launched=False)
-        self._in_flight.append((batch, handle))
+        self._in_flight.append((batch, handle, launched_at))
         return []
 
     def _read(self) -> list[TokenOutput]:
-        batch, handle = self._in_flight.popleft()
+        batch, handle, launched_at = self._in_flight.popleft()
         try:
             outputs = self.scheduler.update(batch, handle.result())
         except Exception as error:
@@ -212,6 +218,7 @@ class EngineCore:
             for abandoned in later:
                 self.scheduler.abandon(abandoned)
             return outputs
+        self._counters.end(batch, launched_at)
         self._num_steps += 1
         self._num_failures = 0
         return outputs
@@ -220,7 +227,7 @@ class EngineCore:
         """Wait until the device has nothing left to do; the results are dropped."""
         batches = []
         while self._in_flight:
-            batch, handle = self._in_flight.popleft()
+            batch, handle, _ = self._in_flight.popleft()
             with suppress(Exception):
                 handle.result()
             batches.append(batch)
@@ -237,6 +244,7 @@ class EngineCore:
 
     def _step_failed(self, error: Exception, batch: ScheduledBatch) -> LoraxError:
         self._num_failures += 1
+        self._counters.fail(batch)
         _log.exception("step of %d sequences and %d tokens failed", len(batch.sequences), batch.num_tokens)
         reason = f"{type(error).__name__}: {error}"
         if self._num_failures >= self._settings.max_failures:

@@ -64,6 +64,7 @@ class Admission:
         self.too_large: list[Sequence] = []  # their adapters never fit the device; the caller ends them
         self.num_prompt_tokens = 0
         self.num_cached_prompt_tokens = 0
+        self.num_started = 0
         self._settings = settings
         self._adapters = adapters
         self._queues = queues
@@ -279,6 +280,7 @@ class Admission:
             self.rotation.start(queue, step.now)
             self._queues.note_started(queue)
         queue.running += 1
+        self.num_started += 1
         if step.blocks_used is not None:
             step.blocks_used[queue] += len(seq.block_table)
         if seq.first_scheduled is None:

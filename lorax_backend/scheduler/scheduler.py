@@ -74,6 +74,16 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_started(self) -> int:
+        """How often a sequence has been given a row, also anew after it was set back."""
+        return self._admission.num_started
+
+    @property
+    def num_max_tokens(self) -> int:
+        """Tokens that all running sequences have when each has as many as it may."""
+        return sum([seq.max_total for seq in self._running])
+
+    @property
     def num_prompt_tokens(self) -> int:
         return self._admission.num_prompt_tokens
 

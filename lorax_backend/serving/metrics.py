@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 Labels = tuple[tuple[str, str], ...]
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
-DURATION_BUCKETS = tuple(0.00015 * 1.5**k for k in range(1, 36))
 _KEPT_OBSERVATIONS = 100_000
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from lorax_backend.engine.step_counters import BATCH_SIZES, METHODS
+from lorax_backend.histogram import DURATION_BUCKETS
 from lorax_backend.serving.adapter_metrics import AdapterMetrics, adapter_specs
 from lorax_backend.serving.metrics import (
     COUNTER,
-    DURATION_BUCKETS,
     GAUGE,
     HISTOGRAM,
     MetricSpec,
@@ -44,6 +47,7 @@ _FAILURES = {
 _STATS_GAUGES = {
     "lorax_batch_current_size": ("running", "sequences being generated"),
     "lorax_queue_length": ("waiting", "sequences waiting for room or for their adapter"),
+    "lorax_batch_current_max_tokens": ("max_tokens", "tokens that running sequences may come to together"),
     "lorax_kv_blocks_total": ("blocks_total", "KV blocks of the server"),
     "lorax_kv_blocks_used": ("blocks_used", "KV blocks held by sequences"),
     "lorax_kv_blocks_cached": ("blocks_cached", "KV blocks kept only for their prefix"),
@@ -52,10 +56,18 @@ _STATS_GAUGES = {
     "lorax_adapters_on_device": ("adapters_on_device", "adapters in the arena"),
     "lorax_adapters_loading": ("adapters_loading", "adapters being downloaded or parsed"),
 }
+_STEP_COUNTERS = {
+    "lorax_batch_inference_count": ("launched", "steps of the model; those with prompt tokens are `prefill`"),
+    "lorax_batch_inference_success": ("succeeded", "steps whose tokens were read"),
+    "lorax_batch_inference_failure": ("failed", "steps that failed"),
+}
+_STEP_DURATION = "lorax_batch_inference_duration"
+_STEP_STARTED = "lorax_batch_next_size"
+_STEP_JOINED = "lorax_batch_concat"
+_JOINED = (("reason", "chunking"),)  # LoRAX's word for joining at once: nobody waits for a batch to form
 _STATS_COUNTERS = {
     "lorax_adapter_loads_total": ("adapter_loads", "adapters loaded"),
     "lorax_adapter_evictions_total": ("adapter_evictions", "adapters evicted from the arena"),
-    "lorax_batch_inference_count": ("steps", "steps of the model"),
     "lorax_preemptions_total": ("preemptions", "sequences set back because the KV cache was full"),
     "lorax_prompt_tokens_total": ("prompt_tokens", "prompt tokens of scheduled sequences"),
     "lorax_cached_prompt_tokens_total": ("cached_prompt_tokens", "prompt tokens found in the prefix cache"),
@@ -70,6 +82,7 @@ def service_specs(max_input_length: int, max_total_tokens: int) -> list[MetricSp
         return MetricSpec(name, HISTOGRAM, doc + " in seconds", DURATION_BUCKETS)
 
     by_method = tuple((("method", kind),) for kind in _KINDS)
+    by_step = tuple((("method", method),) for method in METHODS)
     by_error = tuple((("err", word),) for word in dict.fromkeys(_FAILURES.values()))
     inputs, totals = length_buckets(max_input_length), length_buckets(max_total_tokens)
     return [
@@ -86,8 +99,20 @@ def service_specs(max_input_length: int, max_total_tokens: int) -> list[MetricSp
         MetricSpec("lorax_request_input_length", HISTOGRAM, "prompt tokens of a request", inputs),
         MetricSpec("lorax_request_generated_tokens", HISTOGRAM, "tokens generated for a request", totals),
         MetricSpec("lorax_request_max_new_tokens", HISTOGRAM, "most tokens a request allowed", totals),
+        MetricSpec(
+            "lorax_request_skipped_tokens",
+            HISTOGRAM,
+            "tokens that took no step of the model; 0, since nothing is speculated",
+            totals,
+        ),
         *(MetricSpec(name, GAUGE, doc) for name, (_, doc) in _STATS_GAUGES.items()),
         *(MetricSpec(name, COUNTER, doc) for name, (_, doc) in _STATS_COUNTERS.items()),
+        *(MetricSpec(name, COUNTER, doc, labels=by_step) for name, (_, doc) in _STEP_COUNTERS.items()),
+        MetricSpec(_STEP_DURATION, HISTOGRAM, "a step of the model in seconds", DURATION_BUCKETS, by_step),
+        MetricSpec(_STEP_STARTED, HISTOGRAM, "sequences that begin in a step in which any does", BATCH_SIZES),
+        MetricSpec(
+            _STEP_JOINED, COUNTER, "steps in which sequences join others that run already", labels=(_JOINED,)
+        ),
         *adapter_specs(),
     ]
 
@@ -127,6 +152,7 @@ class ServiceMetrics:
         observe("lorax_request_mean_time_per_token_duration", timings["inference"] / max(generated_tokens, 1))
         observe("lorax_request_time_to_first_token_duration", timings["first_token"])
         observe("lorax_request_generated_tokens", generated_tokens)
+        observe("lorax_request_skipped_tokens", 0)
 
     def in_flight(self, count: int) -> None:
         self.registry.set("lorax_requests_in_flight", count)
@@ -136,4 +162,17 @@ class ServiceMetrics:
             self.registry.set(name, getattr(stats, field))
         for name, (field, _) in _STATS_COUNTERS.items():
             self.registry.raise_to(name, getattr(stats, field))
+        if stats.step_counts:
+            self._steps(stats.step_counts)
         self.adapters.engine(stats)
+
+    def _steps(self, counts: dict[str, Any]) -> None:
+        """`counts` as `StepCounters.as_dict` has them."""
+        registry, started = self.registry, counts["started"]
+        for method in METHODS:
+            labels, seconds = (("method", method),), counts["seconds"][method]
+            for name, (key, _) in _STEP_COUNTERS.items():
+                registry.raise_to(name, counts[key][method], labels)
+            registry.raise_histogram_to(_STEP_DURATION, seconds["counts"], seconds["sum"], labels)
+        registry.raise_histogram_to(_STEP_STARTED, started["counts"], started["sum"])
+        registry.raise_to(_STEP_JOINED, counts["joined"], _JOINED)

@@ -123,7 +123,7 @@ def test_the_lora_gauge_is_one_series_that_lists_adapters_as_callers_name_them()
 
 def test_the_tiers_report_reaches_gauges_counters_and_histograms() -> None:
     registry, metrics = make()
-    histogram = Histogram()
+    histogram = Histogram(LOAD_SECONDS)
     histogram.observe(0.02)
     histogram.observe(400.0)
     metrics.engine(
@@ -155,7 +155,7 @@ def test_a_mirror_gets_the_same_counts_and_sum_as_a_histogram_counted_elsewhere(
     draw = random.Random(7)
     registry = MetricsRegistry([MetricSpec("seconds", HISTOGRAM, "seconds", LOAD_SECONDS)])
     registry.drain()
-    elsewhere, mirror = Histogram(), Histogram()
+    elsewhere, mirror = Histogram(LOAD_SECONDS), Histogram(LOAD_SECONDS)
     for _ in range(50):
         for _ in range(draw.randrange(4)):
             elsewhere.observe(draw.choice([draw.uniform(0.0001, 0.1), draw.uniform(0.1, 300)]))
