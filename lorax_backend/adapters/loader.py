@@ -21,6 +21,7 @@ Done = Callable[[Any, Exception | None], None]
 
 _MAX_EXTRA = 64  # threads that are slow or given up in one lane, beyond which the lane waits for them
 _PATIENCE_S = 2.0
+_FEW_DEADLINES = 64
 
 
 class LoadTimeoutError(Exception):
@@ -82,6 +83,7 @@ class AdapterLoader:
         }
         # time, a number that settles ties, the work, and whether it is to be given up then or only called slow
         self._deadlines: list[tuple[float, int, Ticket, bool]] = []
+        self._most_deadlines = _FEW_DEADLINES
         self._deadline_added = threading.Condition(self._lock)
         self._numbers = itertools.count()
         self._watchdog: threading.Thread | None = None
@@ -177,8 +179,17 @@ class AdapterLoader:
             for seconds in {min(self._patience_s, ticket.timeout_s), ticket.timeout_s}:
                 entry = (now + seconds, next(self._numbers), ticket, seconds == ticket.timeout_s)
                 heapq.heappush(self._deadlines, entry)
+            if len(self._deadlines) > self._most_deadlines:
+                self._forget_settled()
             self._deadline_added.notify()
             return ticket
+
+    def _forget_settled(self) -> None:
+        """With the lock held: keep the deadlines of unfinished work alone. One that is far off would stay for as long,
+        behind nearer ones of work that comes all the time."""
+        self._deadlines = [entry for entry in self._deadlines if not entry[2].settled]
+        heapq.heapify(self._deadlines)
+        self._most_deadlines = max(_FEW_DEADLINES, 2 * len(self._deadlines))
 
     def _settle(self, ticket: Ticket) -> Done | None:
         """Whom to tell; None if the watchdog has given the work up."""

@@ -225,3 +225,17 @@ def finish_work(loader: AdapterLoader) -> list[threading.Event]:
     loader.submit("read", work, 60.0, results)
     assert results.next() == (made, None)
     return all_gone
+
+
+def test_deadlines_of_finished_work_do_not_pile_up_behind_work_that_hangs() -> None:
+    loader, release = AdapterLoader({"read": 2}), threading.Event()
+    try:
+        loader.submit("read", lambda: release.wait(60), 100.0, lambda value, error: None)
+        for _ in range(500):
+            finished = threading.Event()
+            loader.submit("read", lambda: None, 200.0, lambda value, error, over=finished: over.set())  # type: ignore[misc]
+            assert finished.wait(60)
+            assert len(loader._deadlines) <= 70
+    finally:
+        release.set()
+        loader.close()
