@@ -81,7 +81,8 @@ class HubSource:
             validate_repo_id(repo)
         except ValueError:
             raise ValidationError(
-                f"adapter_id: {repo!r} is not a hub repository such as 'owner/name'"
+                f"adapter_id: {repo!r} is not a hub repository such as 'owner/name'; what lies elsewhere needs its "
+                "adapter_source, local for a folder on the server"
             ) from None
         return AdapterRef(self.name, repo, inline or ref.revision or None)
 
