@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,10 +21,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "perf" / "results"
-sys.path[:0] = [str(ROOT / "perf")]
+sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
 
 import peers
 from table_text import Table, decode_table, kernel_table, number, prefill_table, served_table, sweep_table
+
+from lorax_backend.generated_text import with_part
 
 _BEGIN = "<!-- measured: begin (written by perf/readme_table.py) -->"
 _END = "<!-- measured: end -->"
@@ -131,11 +132,7 @@ def replaced(text: str, block: str) -> str:
     Raises:
         ValueError: the markers are missing.
     """
-    pattern = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), re.DOTALL)
-    made, count = pattern.subn(lambda _: f"{_BEGIN}\n{block}\n{_END}", text)
-    if count != 1:
-        raise ValueError(f"the document needs the line {_BEGIN} and after it {_END}, once")
-    return made
+    return with_part(text, _BEGIN, _END, block)
 
 
 def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lorax_backend.config import ServerConfig
+from lorax_backend.generated_text import with_part
 
 BEGIN = "<!-- options: begin (written by lorax_backend/cli/reference.py) -->"
 END = "<!-- options: end -->"
@@ -36,11 +37,7 @@ def with_table(text: str) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the text has no {BEGIN} ... {END}")
-    return f"{head}{BEGIN}\n{options_table()}\n{END}{tail}"
+    return with_part(text, BEGIN, END, options_table())
 
 
 if __name__ == "__main__":

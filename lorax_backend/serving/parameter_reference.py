@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lorax_backend.generated_text import with_part
 from lorax_backend.serving.schema import PARAMETERS, Parameter
 
 _BEGIN = "<!-- parameters: begin (written by lorax_backend/serving/parameter_reference.py) -->"
@@ -38,11 +39,7 @@ def with_tables(text: str) -> str:
     Raises:
         ValueError: the markers are missing.
     """
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"the document lacks the lines {_BEGIN!r} and {_END!r}")
-    return f"{before}{_BEGIN}\n{parameter_tables()}\n{_END}{after}"
+    return with_part(text, _BEGIN, _END, parameter_tables())
 
 
 def _names(names: tuple[str, ...]) -> str:
