@@ -59,7 +59,6 @@ class EngineCore:
         self._clock = clock
         self._in_flight: deque[tuple[ScheduledBatch, StepHandle, float]] = deque()
         self._counters = StepCounters(clock)
-        self._num_steps = 0
         self._num_failures = 0
         self._stalled = False
 
@@ -168,7 +167,7 @@ class EngineCore:
             adapter_loads=adapters["loads"],
             adapter_evictions=adapters["evictions"],
             adapter_tiers=adapters,
-            steps=self._num_steps,
+            steps=self._counters.num_succeeded,
             step_counts=self._counters.as_dict(),
             max_tokens=scheduler.num_max_tokens,
             preemptions=scheduler.num_preemptions,
@@ -219,7 +218,6 @@ class EngineCore:
                 self.scheduler.abandon(abandoned)
             return outputs
         self._counters.end(batch, launched_at)
-        self._num_steps += 1
         self._num_failures = 0
         return outputs
 

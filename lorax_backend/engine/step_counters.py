@@ -38,6 +38,11 @@ class StepCounters:
         self._clock = clock
         self._last_end = float("-inf")
 
+    @property
+    def num_succeeded(self) -> int:
+        """Steps of all methods whose tokens have been read."""
+        return sum(self.succeeded.values())
+
     def launch(self, batch: ScheduledBatch, num_started: int) -> float:
         """A step is launched, in which so many sequences begin; returns the time, to be given to `end`."""
         self.launched[method_of(batch)] += 1
