@@ -16,7 +16,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # typ
 from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.hub_errors import is_disk_full, is_transient, retry_after, translate
-from lorax_backend.adapters.sources.hub_parts import download_blob
+from lorax_backend.adapters.sources.hub_parts import REQUEST_TIMEOUT_S, download_blob
 from lorax_backend.adapters.sources.retry import Retry
 from lorax_backend.adapters.sources.tokens import token_digest
 from lorax_backend.adapters.weight_files import CONFIG_NAME, TEMPLATE_NAMES, choose_weight_names
@@ -31,7 +31,6 @@ from lorax_backend.types import AdapterRef
 T = TypeVar("T")
 
 _TRUE = ("1", "true", "yes", "on")
-_REQUEST_TIMEOUT_S = 10.0
 _MAIN = "main"
 _WEIGHTS = (".safetensors", ".bin")
 _DOWNLOADS = 3  # of one adapter, when its files vanish meanwhile
@@ -192,14 +191,12 @@ class _HubClient:
                 self.ref.id,
                 revision=self.ref.revision or _MAIN,
                 files_metadata=True,
-                timeout=_REQUEST_TIMEOUT_S,
+                timeout=REQUEST_TIMEOUT_S,
             )
         )
         if info.gated:  # its description is public, its files are not
             url = hf_hub_url(self.ref.id, CONFIG_NAME, revision=info.sha, endpoint=self.endpoint)
-            self._try(
-                lambda: get_hf_file_metadata(url, token=self.token or False, timeout=_REQUEST_TIMEOUT_S)
-            )
+            self._try(lambda: get_hf_file_metadata(url, token=self.token or False, timeout=REQUEST_TIMEOUT_S))
         return info
 
     def download(self, name: str, revision: str, size: int = 0) -> Path:
@@ -224,7 +221,7 @@ class _HubClient:
                 cache_dir=self.source.cache_dir,
                 endpoint=self.endpoint,
                 token=self.token or False,
-                etag_timeout=_REQUEST_TIMEOUT_S,
+                etag_timeout=REQUEST_TIMEOUT_S,
                 library_name="lorax-triton",
                 force_download=force,
             )

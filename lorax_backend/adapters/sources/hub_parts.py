@@ -16,7 +16,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 _PART = ".part"
-_REQUEST_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 10.0
 
 
 def download_blob(
@@ -40,7 +40,7 @@ def download_blob(
     if isinstance(try_to_load_from_cache(repo_id, name, cache_dir=cache, revision=commit), str):
         return
     url = hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint)
-    facts = get_hf_file_metadata(url, token=token or False, timeout=_REQUEST_TIMEOUT_S)
+    facts = get_hf_file_metadata(url, token=token or False, timeout=REQUEST_TIMEOUT_S)
     if (
         not facts.etag
         or not facts.size
