@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
         "gpu": _output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]) or "none",
         "system": f"{platform.system()} {platform.release()}, glibc {platform.libc_ver()[1]}",
         "python": platform.python_version(),
-        "commit": _output(["git", "-C", str(_ROOT), "describe", "--always", "--dirty"]) or "unknown",
+        "commit": _commit(),
         "load": f"{os.getloadavg()[0]:.1f} (one-minute average before the run)",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
     }
@@ -39,6 +39,14 @@ def kernel_settings() -> dict[str, str]:
     return {
         name: value for name, value in sorted(os.environ.items()) if re.fullmatch(r"LORAX_\w+_CONFIG", name)
     }
+
+
+def _commit() -> str:
+    """Of the repository, or of the archive that this is a copy of."""
+    described = _output(["git", "-C", str(_ROOT), "describe", "--always", "--dirty"])
+    archival = _ROOT / ".git_archival.txt"
+    archived = archival.read_text().partition("commit: ")[2].strip() if archival.is_file() else ""
+    return described or ("unknown" if not archived or archived.startswith("$") else archived)
 
 
 def _cpu_model() -> str:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("test_gpu_lora*.py", "test_gpu_rid*.py", "test_gpu_*attention*.py", "test_gpu_fused*.py")
 SOURCES = ("kernels/lorax_kernels", "tests/kernels", "tests/gpu")
 STAMP = ROOT / "perf" / "results" / "local" / "kernel_tests.json"
+MOST_PROCESSES = 14  # each has a context of half a GiB on the device
 _SUFFIXES = {".py", ".json"}
 
 
@@ -121,7 +122,16 @@ def _run(tests: list[Path], digest: str) -> KernelTestRun:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *_settings()]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            f"--junitxml={report}",
+            *_settings(),
+            *_jobs(),
+        ]
         done = subprocess.run(
             [*command, *map(str, tests)],
             cwd=ROOT,
@@ -152,6 +162,13 @@ def _settings() -> list[str]:
     paths = f"{ROOT / 'tests'} {ROOT / 'perf'}"
     return ["-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib", "-p", "no:cacheprovider",
             "-o", f"pythonpath={paths}"]  # fmt: skip
+
+
+def _jobs() -> list[str]:
+    """Several processes where pytest-xdist is installed: compiling the kernels takes longer than running them."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(MOST_PROCESSES, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
 
 
 def _count(report: Path) -> tuple[int, int, int]:

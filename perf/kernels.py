@@ -3,6 +3,7 @@
 
     python perf/kernels.py                    # LoRA in situ against the byte floor, and attention
     python perf/kernels.py --tune             # search block sizes first and write kernels/lorax_kernels/tuned/
+    python perf/kernels.py --tune fused       # those of shrink that rides in the launch before alone
     python perf/kernels.py --shrink both      # LoRA with shrink as a launch of its own, and riding in the one before
     python perf/kernels.py --smoke            # a few seconds, tiny shapes: does everything run?
 
@@ -62,7 +63,7 @@ def write_table(folder: Path, kind: str, configs: Mapping[int, LoraConfig | Atte
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": "python perf/kernels.py --tune",
+        "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
         "configs": {str(size): asdict(config) for size, config in sorted(configs.items())},
     }
     (folder / f"{kind}_sm{major}{minor}.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -82,22 +83,23 @@ def compile_ahead(jobs: int, arguments: list[str]) -> None:
     print(f"compiled ahead in {jobs} processes: {time.time() - started:.0f} s", flush=True)
 
 
-def warm(model: str, share: str, tuning: bool) -> None:
+def warm(model: str, share: str, tuning: str) -> None:
     part, jobs = (int(v) for v in share.split("/"))
     work = []
     for name, site in SHAPES[model].items():
         decode = [lora_config(t, True, 0) for t in (1, 32, 128)]
         prefill = [lora_config(8192, False, 0)]
-        if tuning:
+        if tuning == "all":
             decode += [
                 replace(DEFAULT, pdl=p, **c) for c in SHRINK_CHOICES + EXPAND_CHOICES for p in (False, True)
             ]
+            prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
+        if tuning:
             decode += [
                 replace(DEFAULT, shrink="fused", pdl=p, **c)
                 for c in RIDE_CHOICES + FLAT_EXPAND_CHOICES
                 for p in (False, True)
             ]
-            prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
         else:
             decode += [replace(config, shrink="fused") for config in decode]
         work += [(name, site, Row(2, 2, 16), c) for c in decode] + [
@@ -105,7 +107,7 @@ def warm(model: str, share: str, tuning: bool) -> None:
         ]
     for name, site, row, config in work[part::jobs]:
         Case(row, site, 1, node=NODES.get(name) if row.tokens <= 256 else None).check(config)
-    if tuning:
+    if tuning == "all":
         bench = AttentionBench(1)
         choices = [(ATTENTION_PREFILL_CHOICES, (1, 64, 128))]
         choices += [(ATTENTION_CHOICES, (count, 1, 40)) for count in (1, 8, 32, 128)]
@@ -120,7 +122,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="8b", choices=list(SHAPES))
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", nargs="?", const="all", default="", choices=["all", "fused"])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--rep", type=int, default=12, help="milliseconds a measurement")
     parser.add_argument("--jobs", type=int, default=0, help="compile first in this many processes")
@@ -142,14 +144,14 @@ def main() -> None:
         return
     tests = checked(args.unchecked)
     if args.jobs:
-        compile_ahead(args.jobs, ["--model", args.model] + (["--tune"] if args.tune else []))
+        compile_ahead(args.jobs, ["--model", args.model] + (["--tune", args.tune] if args.tune else []))
     args.out.mkdir(parents=True, exist_ok=True)
     floors = measured_floors()
     print({k: round(v) for k, v in floors.items()}, flush=True)
     log: list[dict[str, Any]] = []
     bench = Bench(args.model, args.rep)
     rows = [Row(1, 1), Row(4, 2), Row(300, 2)] if args.smoke else ROWS
-    found = search_lora(bench, rows, log) if args.tune else {}
+    found = search_lora(bench, rows, log, args.tune == "all") if args.tune else {}
     if found:
         write_table(args.out, "lora", found)
     forms = ["table", *FORMS] if args.shrink == "both" else [args.shrink]
@@ -233,20 +235,30 @@ def measure_lora(
     return results
 
 
-def search_lora(bench: Bench, rows: list[Row], log: list[dict[str, Any]]) -> dict[int, LoraConfig]:
-    """The best configuration by the largest token count it is for."""
+def search_lora(
+    bench: Bench, rows: list[Row], log: list[dict[str, Any]], everything: bool
+) -> dict[int, LoraConfig]:
+    """The best configuration by the largest token count it is for. Unless `everything` is searched, shrink as a launch
+    of its own and prefill stay as the tables have them."""
     found: dict[int, LoraConfig] = {}
-    start = replace(DEFAULT, pdl=True)
     for tokens, size in ((1, 1), (32, 32), (128, 256)):
         print("tuning", tokens, "tokens", flush=True)
         listed = [row for row in rows if row.tokens == tokens]
-        separate = tune(bench, listed, start, [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES], log)
+        if everything:
+            stages = [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES]
+            separate = tune(bench, listed, replace(DEFAULT, pdl=True), stages, log)
+        else:
+            kept = replace(lora_config(size, True, 0), shrink="separate")
+            separate = tune(bench, listed, kept, [[{}]], log)
         # The site whose shrink cannot ride keeps what was found for it.
         start_fused = replace(separate[1], shrink="fused")
         stages = [RIDE_CHOICES, [{}, *FLAT_EXPAND_CHOICES], RIDE_MODE_CHOICES]
         found[size] = min(separate, tune(bench, listed, start_fused, stages, log), key=lambda pair: pair[0])[
             1
         ]
+    if not everything:
+        found[16384] = lora_config(16384, False, 0)
+        return found
     print("tuning prefill", flush=True)
     stages = [PREFILL_SHRINK_CHOICES, PREFILL_EXPAND_CHOICES, MODE_CHOICES[::3] + MODE_CHOICES[2:3]]
     prefill_rows = [row for row in rows if row.tokens > 256]
