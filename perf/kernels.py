@@ -3,8 +3,6 @@
 
     python perf/kernels.py                    # LoRA in situ against the byte floor, and attention
     python perf/kernels.py --tune             # search block sizes first and write kernels/lorax_kernels/tuned/
-    python perf/kernels.py --tune fused       # those of shrink that rides in the launch before alone
-    python perf/kernels.py --shrink both      # LoRA with shrink as a launch of its own, and riding in the one before
     python perf/kernels.py --smoke            # a few seconds, tiny shapes: does everything run?
 
 In situ is what a layer pays: the time of its base products with LoRA minus the time without, both as replays of CUDA
@@ -49,7 +47,6 @@ from kernels_lora import (
     Row,
     tune,
 )
-from kernels_riding import FLAT_EXPAND_CHOICES, NODES, RIDE_CHOICES, RIDE_MODE_CHOICES
 from kernels_timing import measured_floors
 from table_text import text_of
 
@@ -83,31 +80,21 @@ def compile_ahead(jobs: int, arguments: list[str]) -> None:
     print(f"compiled ahead in {jobs} processes: {time.time() - started:.0f} s", flush=True)
 
 
-def warm(model: str, share: str, tuning: str) -> None:
+def warm(model: str, share: str, tuning: bool) -> None:
     part, jobs = (int(v) for v in share.split("/"))
     work = []
-    for name, site in SHAPES[model].items():
+    for site in SHAPES[model].values():
         decode = [lora_config(t, True, 0) for t in (1, 32, 128)]
         prefill = [lora_config(8192, False, 0)]
-        if tuning == "all":
+        if tuning:
             decode += [
                 replace(DEFAULT, pdl=p, **c) for c in SHRINK_CHOICES + EXPAND_CHOICES for p in (False, True)
             ]
             prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
-        if tuning:
-            decode += [
-                replace(DEFAULT, shrink="fused", pdl=p, **c)
-                for c in RIDE_CHOICES + FLAT_EXPAND_CHOICES
-                for p in (False, True)
-            ]
-        else:
-            decode += [replace(config, shrink="fused") for config in decode]
-        work += [(name, site, Row(2, 2, 16), c) for c in decode] + [
-            (name, site, Row(300, 2, 16), c) for c in prefill
-        ]
-    for name, site, row, config in work[part::jobs]:
-        Case(row, site, 1, node=NODES.get(name) if row.tokens <= 256 else None).check(config)
-    if tuning == "all":
+        work += [(site, Row(2, 2, 16), c) for c in decode] + [(site, Row(300, 2, 16), c) for c in prefill]
+    for site, row, config in work[part::jobs]:
+        Case(row, site, 1).check(config)
+    if tuning:
         bench = AttentionBench(1)
         choices = [(ATTENTION_PREFILL_CHOICES, (1, 64, 128))]
         choices += [(ATTENTION_CHOICES, (count, 1, 40)) for count in (1, 8, 32, 128)]
@@ -122,17 +109,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="8b", choices=list(SHAPES))
-    parser.add_argument("--tune", nargs="?", const="all", default="", choices=["all", "fused"])
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--rep", type=int, default=12, help="milliseconds a measurement")
     parser.add_argument("--jobs", type=int, default=0, help="compile first in this many processes")
     parser.add_argument("--no-attention", action="store_true")
-    parser.add_argument(
-        "--shrink",
-        default="table",
-        choices=["table", "separate", "fused", "both"],
-        help="as the table of block sizes says, or one way whatever it says, or all these and more",
-    )
     parser.add_argument(
         "--unchecked", action="store_true", help="measure although the kernels' tests did not pass"
     )
@@ -144,32 +125,23 @@ def main() -> None:
         return
     tests = checked(args.unchecked)
     if args.jobs:
-        compile_ahead(args.jobs, ["--model", args.model] + (["--tune", args.tune] if args.tune else []))
+        compile_ahead(args.jobs, ["--model", args.model] + (["--tune"] if args.tune else []))
     args.out.mkdir(parents=True, exist_ok=True)
     floors = measured_floors()
     print({k: round(v) for k, v in floors.items()}, flush=True)
     log: list[dict[str, Any]] = []
     bench = Bench(args.model, args.rep)
     rows = [Row(1, 1), Row(4, 2), Row(300, 2)] if args.smoke else ROWS
-    found = search_lora(bench, rows, log, args.tune == "all") if args.tune else {}
+    found = search_lora(bench, rows, log) if args.tune else {}
     if found:
         write_table(args.out, "lora", found)
-    forms = ["table", *FORMS] if args.shrink == "both" else [args.shrink]
-    decodes = [row for row in rows if row.tokens <= 256]  # the forms differ for these alone
-    lora_forms = {
-        form: measure_lora(bench, decodes if form != forms[0] else rows, found, form, floors)
-        for form in forms
-    }
-    lora = lora_forms[forms[0]]
+    lora = measure_lora(bench, rows, found, floors)
     attention = [] if args.no_attention else measure_attention(args, log)
     report = {"environment": environment(), "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
               "model": args.model, "kernel_tests": tests, "unchecked": tests is None, "floors": floors, "lora": lora,
-              "attention": attention, "tuning": log, "lora_forms": lora_forms}  # fmt: skip
+              "attention": attention, "tuning": log}  # fmt: skip
     (args.out / f"kernels-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
-    for form, results in lora_forms.items():
-        print(f"\nshrink: {form}")
-        print_sites(results)
-    print_forms(lora_forms)
+    print_sites(lora)
     print(f"\n{text_of(report)}", flush=True)
     if tests is None:
         print(_UNCHECKED, flush=True)
@@ -194,29 +166,14 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
         raise SystemExit(f"no numbers: {error}\n(--unchecked measures all the same, and says so)") from error
 
 
-FORMS: dict[str, dict[str, Any]] = {
-    "separate": {"shrink": "separate"},
-    "fused": {"shrink": "fused"},
-    "fused, early": {"shrink": "fused", "pdl": True, "expand_flat": True},
-    "fused, early, in attention": {
-        "shrink": "fused",
-        "pdl": True,
-        "expand_flat": True,
-        "ride_attention": True,
-    },
-}
-"""Fields of the configuration that stand for each form of shrink."""
-
-
 def measure_lora(
-    bench: Bench, rows: list[Row], found: dict[int, LoraConfig], form: str, floors: dict[str, float]
+    bench: Bench, rows: list[Row], found: dict[int, LoraConfig], floors: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Every row in situ, with the tables of the package or, after a search, with what it found; `form` is of shrink."""
+    """Every row in situ, with the tables of the package or, after a search, with what it found."""
     results = []
     for row in rows:
         fitting = [size for size in found if size >= row.tokens]
         config = found[min(fitting)] if fitting else lora_config(row.tokens, row.tokens <= 256, 0)
-        config = replace(config, **FORMS.get(form, {}))
         sites = {name: bench.site_us(row, name, config) for name in bench.shapes}
         alone = {name: bench.alone_us(row, name, config) for name in bench.shapes}
         cases = [bench.case(row, name) for name in bench.shapes]
@@ -235,34 +192,18 @@ def measure_lora(
     return results
 
 
-def search_lora(
-    bench: Bench, rows: list[Row], log: list[dict[str, Any]], everything: bool
-) -> dict[int, LoraConfig]:
-    """The best configuration by the largest token count it is for. Unless `everything` is searched, shrink as a launch
-    of its own and prefill stay as the tables have them."""
+def search_lora(bench: Bench, rows: list[Row], log: list[dict[str, Any]]) -> dict[int, LoraConfig]:
+    """The best configuration by the largest token count it is for."""
     found: dict[int, LoraConfig] = {}
+    stages = [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES]
     for tokens, size in ((1, 1), (32, 32), (128, 256)):
         print("tuning", tokens, "tokens", flush=True)
         listed = [row for row in rows if row.tokens == tokens]
-        if everything:
-            stages = [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES]
-            separate = tune(bench, listed, replace(DEFAULT, pdl=True), stages, log)
-        else:
-            kept = replace(lora_config(size, True, 0), shrink="separate")
-            separate = tune(bench, listed, kept, [[{}]], log)
-        # The site whose shrink cannot ride keeps what was found for it.
-        start_fused = replace(separate[1], shrink="fused")
-        stages = [RIDE_CHOICES, [{}, *FLAT_EXPAND_CHOICES], RIDE_MODE_CHOICES]
-        found[size] = min(separate, tune(bench, listed, start_fused, stages, log), key=lambda pair: pair[0])[
-            1
-        ]
-    if not everything:
-        found[16384] = lora_config(16384, False, 0)
-        return found
+        found[size] = tune(bench, listed, replace(DEFAULT, pdl=True), stages, log)
     print("tuning prefill", flush=True)
     stages = [PREFILL_SHRINK_CHOICES, PREFILL_EXPAND_CHOICES, MODE_CHOICES[::3] + MODE_CHOICES[2:3]]
     prefill_rows = [row for row in rows if row.tokens > 256]
-    found[16384] = tune(bench, prefill_rows, found[256], stages, log)[1]
+    found[16384] = tune(bench, prefill_rows, found[256], stages, log)
     return found
 
 
@@ -279,20 +220,6 @@ def measure_attention(args: argparse.Namespace, log: list[dict[str, Any]]) -> li
         results.append(bench.row(shape, found[min(fitting)] if fitting else None))
         print("attention", {k: round(v, 1) for k, v in results[-1].items()}, flush=True)
     return results
-
-
-def print_forms(forms: dict[str, list[dict[str, Any]]]) -> None:
-    """All forms of shrink side by side, microseconds in situ."""
-    names = {form: f"{form:>{max(9, len(form) + 2)}}" for form in forms}
-    print(f"\n{'batch':<42}{'goal':>7}" + "".join(names.values()))
-    for index, row in enumerate(forms[next(iter(forms))]):
-        times = [
-            f"{results[index]['in_situ_us']:>{len(names[form])}.1f}"
-            for form, results in forms.items()
-            if index < len(results)
-        ]
-        batch = str(Row(row["tokens"], row["adapters"], row["rank"]))
-        print(f"{batch:<42}{row['goal_us']:>7.0f}" + "".join(times))
 
 
 def print_sites(results: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import triton
-from kernels_riding import NODES, Node
 from kernels_timing import graph_us
 
 from lorax_kernels import LoraBatch, LoraSite, PageLayout, WorkBuffer, lora_triton, pages_for_rank
@@ -98,10 +97,9 @@ class WrongResultError(Exception):
 
 
 class Case:
-    """One site of one row on the device, with the weights of `layers` different layers and, where shrink can ride in
-    what makes the site's input, the `node` that does."""
+    """One site of one row on the device, with the weights of `layers` different layers."""
 
-    def __init__(self, row: Row, site: LoraSite, layers: int, seed: int = 0, node: str | None = None) -> None:
+    def __init__(self, row: Row, site: LoraSite, layers: int, seed: int = 0) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
         self.row, self.site = row, site
         counts = [pages_for_rank(r) for r in row.ranks]
@@ -126,30 +124,13 @@ class Case:
         assert batch is not None
         self.batch = batch
         self.x = torch.randn(row.tokens, site.in_features, device="cuda", generator=generator).bfloat16()
-        self.node = Node(node, row.tokens, site.in_features, generator) if node else None
-        if self.node:
-            self.x = self.node.plain()
-
-    def rides(self, config: LoraConfig) -> Node | None:
-        """The node, if shrink is to ride in it."""
-        return self.node if self.node and self.node.rides(config) else None
-
-    def _add(self, config: LoraConfig, out: torch.Tensor) -> None:
-        a, b = self.weights[0]
-        node, work = self.rides(config), self.batch.work
-        if node and work:
-            h = node.with_shrink(a, self.batch, config)[1]
-            assert h is not None
-            lora_triton.expand(h, b, work, out, self.site.out_slices)
-        else:
-            lora_triton.add_lora(self.x, a, b, self.batch, out, self.site.out_slices, config)
 
     def check(self, config: LoraConfig) -> None:
         """Raise if the delta is wrong on any of up to 64 rows."""
         a, b = self.weights[0]
         base = torch.randn(self.row.tokens, self.site.out_features, device="cuda").bfloat16()
         got = base.clone()
-        self._add(config, got)
+        lora_triton.add_lora(self.x, a, b, self.batch, got, self.site.out_slices, config)
         rows = np.unique(np.linspace(0, self.row.tokens - 1, 64).astype(int))
         error = norm = 0.0
         for row in rows:
@@ -184,7 +165,7 @@ class Bench:
     def __init__(self, model: str, rep: int) -> None:
         self.shapes, self.rep = SHAPES[model], rep
         self._cases: dict[tuple[Row, str], Case] = {}
-        self._base: dict[tuple[int, str, bool], float] = {}
+        self._base: dict[tuple[int, str], float] = {}
         self._known: dict[tuple[Row, str, LoraConfig], float] = {}
         self._products: dict[str, list[torch.Tensor]] = {}
 
@@ -198,17 +179,6 @@ class Bench:
             case, products = self.case(row, name), self.products(name)
             case.check(config)
             reps = LAYERS if row.tokens <= 256 else 2
-            node = case.rides(config)
-            if node:
-                # What the node itself costs is no part of it: it is taken off with the base products.
-                calls = [
-                    node.lora_call(
-                        products[i % len(products)], case.weights[i], case.batch, case.site.out_slices, config
-                    )
-                    for i in range(reps)
-                ]
-                self._known[key] = graph_us(calls, self.rep) - self.base_us(row, name, with_node=True)
-                return self._known[key]
 
             def call(i: int) -> None:
                 lora_triton.linear(
@@ -232,52 +202,39 @@ class Bench:
         return self._known[key]
 
     def _base_again_us(self, row: Row, name: str) -> float:
-        del self._base[row.tokens, name, False]
+        del self._base[row.tokens, name]
         return self.base_us(row, name)
 
     def alone_us(self, row: Row, name: str, config: LoraConfig) -> tuple[float, float]:
-        """Shrink and expand by themselves; of a shrink that rides, what it adds to its node."""
+        """Shrink and expand by themselves."""
         case = self.case(row, name)
-        node = case.rides(config)
         out = torch.randn(row.tokens, case.site.out_features, device="cuda").bfloat16()
         work = case.batch.work
         assert work is not None
         plain = replace(config, pdl=False)
-        if node:
-            made = [node.with_shrink(a, case.batch, plain)[1] for a, _ in case.weights]
-            shrinks = [lambda a=a: node.with_shrink(a, case.batch, plain) for a, _ in case.weights]
-            own = graph_us([node.plain] * len(shrinks), self.rep)
-        else:
-            made = [lora_triton.shrink(case.x, a, work, plain) for a, _ in case.weights]
-            shrinks = [lambda a=a: lora_triton.shrink(case.x, a, work, plain) for a, _ in case.weights]
-            own = 0.0
+        made = [lora_triton.shrink(case.x, a, work, plain) for a, _ in case.weights]
+        shrinks = [lambda a=a: lora_triton.shrink(case.x, a, work, plain) for a, _ in case.weights]
         expands = [
             lambda h=h, b=b: lora_triton.expand(h, b, work, out, case.site.out_slices)
             for h, (_, b) in zip(made, case.weights, strict=True)
         ]
-        return graph_us(shrinks, self.rep) - own, graph_us(expands, self.rep)
+        return graph_us(shrinks, self.rep), graph_us(expands, self.rep)
 
-    def base_us(self, row: Row, name: str, with_node: bool = False) -> float:
-        key = (row.tokens, name, with_node)
+    def base_us(self, row: Row, name: str) -> float:
+        key = (row.tokens, name)
         if key not in self._base:
             x, products = self.case(row, name).x, self.products(name)
-            node = self.case(row, name).node
             reps = LAYERS if row.tokens <= 256 else 2
             calls = [
                 lambda i=i: torch.nn.functional.linear(x, products[i % len(products)]) for i in range(reps)
             ]
-            if with_node and node:
-                calls = [node.base_call(products[i % len(products)]) for i in range(reps)]
             self._base[key] = graph_us(calls, 2 * self.rep)
         return self._base[key]
 
     def case(self, row: Row, name: str) -> Case:
         key = (row, name)
         if key not in self._cases:
-            decode = row.tokens <= 256
-            self._cases[key] = Case(
-                row, self.shapes[name], LAYERS if decode else 2, node=NODES.get(name) if decode else None
-            )
+            self._cases[key] = Case(row, self.shapes[name], LAYERS if row.tokens <= 256 else 2)
         return self._cases[key]
 
     def forget(self, row: Row) -> None:
@@ -299,10 +256,9 @@ class Bench:
 
 def tune(
     bench: Bench, rows: list[Row], start: LoraConfig, stages: list[list[dict[str, object]]], log: list
-) -> tuple[float, LoraConfig]:
-    """Coordinate descent: the best of each stage, by the sum over `rows` of time over goal, is kept for the next. Its
-    score and itself."""
-    best, score = start, float("inf")
+) -> LoraConfig:
+    """Coordinate descent: the best of each stage, by the sum over `rows` of time over goal, is kept for the next."""
+    best = start
     for choices in stages:
         scores = []
         for choice in choices:
@@ -315,7 +271,7 @@ def tune(
                 continue
             score = sum(times[str(row)] / (row.goal_us or 1.0) for row in rows)
             scores.append((score, config))
-            log.append({"choice": choice, "shrink": config.shrink, "us": times, "score": score})
+            log.append({"choice": choice, "us": times, "score": score})
             print(f"  {score:7.3f} {choice} " + " ".join(f"{t:.1f}" for t in times.values()), flush=True)
-        score, best = min(scores, key=lambda item: item[0])
-    return score, best
+        best = min(scores, key=lambda item: item[0])[1]
+    return best

@@ -8,12 +8,9 @@ from lorax_kernels.dispatch import (
     add_lora,
     lora_linear,
     paged_attention,
-    paged_attention_lora,
     rms_norm,
-    rms_norm_lora,
     rope_and_cache,
     silu_mul,
-    silu_mul_lora,
     write_kv,
 )
 from lorax_kernels.layout import PAGE_RANK, LoraSite, PageLayout, pages_for_rank
@@ -33,12 +30,9 @@ __all__ = [
     "add_lora",
     "lora_linear",
     "paged_attention",
-    "paged_attention_lora",
     "pages_for_rank",
     "rms_norm",
-    "rms_norm_lora",
     "rope_and_cache",
     "silu_mul",
-    "silu_mul_lora",
     "write_kv",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ import triton
 import triton.language as tl
 
 from lorax_kernels.metadata import AttentionBatch, IntArray
-from lorax_kernels.riding_kernels import ride_heads
 from lorax_kernels.sizes import cdiv, next_power_of_2
 from lorax_kernels.tuning import (
     AttentionConfig,
@@ -26,9 +24,6 @@ from lorax_kernels.tuning import (
     launch_options,
     node_config,
 )
-
-if TYPE_CHECKING:
-    from lorax_kernels.riding import Rider
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 32
@@ -97,14 +92,13 @@ def _attend_block(
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=("stride_table", "tokens_at", "pages_at", "plane_rows", "max_pages"))
+@triton.jit(do_not_specialize=("stride_table",))
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stat_ptr, counter_ptr, table_ptr, context_ptr,
     stride_q, stride_q_head, stride_block, stride_token, stride_head, stride_out, stride_table, qk_scale,
-    a_ptr, h_ptr, work_ptr, stride_page, tokens_at, pages_at, plane_rows, max_pages,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, RIDE: tl.constexpr,
+    WINDOW: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -144,11 +138,6 @@ def _decode_kernel(
         if active == 1:
             result = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + where_out, result, mask=inside)
-            if RIDE:
-                ride_heads(
-                    result, sequence, head, a_ptr, h_ptr, work_ptr, stride_page, tokens_at, pages_at, plane_rows,
-                    max_pages, HEADS, GROUP, BLOCK_G, D, BLOCK_D,
-                )  # fmt: skip
         else:
             cell = (sequence * HEADS + head) * SPLITS
             part = part_ptr + (cell + split).to(tl.int64) * BLOCK_G * BLOCK_D
@@ -177,11 +166,6 @@ def _decode_kernel(
                     best = new_best
                 result = (total / denominator[:, None]).to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + where_out, result, mask=inside)
-                if RIDE:
-                    ride_heads(
-                        result, sequence, head, a_ptr, h_ptr, work_ptr, stride_page, tokens_at, pages_at, plane_rows,
-                        max_pages, HEADS, GROUP, BLOCK_G, D, BLOCK_D,
-                    )  # fmt: skip
                 tl.store(counter_ptr + sequence * HEADS + head, 0)
 
 
@@ -267,15 +251,14 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     config: AttentionConfig | None = None,
-    rider: Rider | None = None,
 ) -> torch.Tensor:
-    """`lorax_kernels.paged_attention` on a device; `rider` is LoRA work that the decodes do on the way."""
+    """`lorax_kernels.paged_attention` on a device."""
     config = config or attention_config(batch.num_decodes, q.device.index)
     if q.stride(2) != 1 or k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError("paged_attention: head_dim must be contiguous and both caches laid out alike")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if batch.num_decodes:
-        _decode(q, (k_cache, v_cache), batch, scale * _LOG2E, sliding_window or 0, out, config, rider)
+        _decode(q, (k_cache, v_cache), batch, scale * _LOG2E, sliding_window or 0, out, config)
     if batch.fixed is not None or batch.num_decodes < batch.num_sequences:
         _prefill(q, (k_cache, v_cache), batch, scale * _LOG2E, sliding_window or 0, out, config)
     return out
@@ -289,7 +272,6 @@ def _decode(
     window: int,
     out: torch.Tensor,
     config: AttentionConfig,
-    rider: Rider | None,
 ) -> None:
     k_cache, v_cache = caches
     heads, dim = k_cache.shape[2], k_cache.shape[3]
@@ -302,11 +284,10 @@ def _decode(
     _decode_kernel[(batch.num_decodes, heads, splits)](
         q, k_cache, v_cache, out, *space, batch.block_tables, contexts,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), out.stride(0),
-        batch.block_tables.stride(0), qk_scale, *(rider.arguments if rider else (q, q, q, 0, 0, 0, 0, 0)),
+        batch.block_tables.stride(0), qk_scale,
         HEADS=heads, GROUP=group, BLOCK_G=block_g, BLOCK_SIZE=k_cache.shape[1], D=dim, BLOCK_D=block_d,
         BLOCK_N=_block_n(config.block_n, block_d, q.dtype), SPLITS=splits, MIN_SPLIT=config.min_split, WINDOW=window,
-        STAGES=config.stages, PDL=pdl, RIDE=rider is not None, num_warps=config.warps, num_stages=1,
-        **launch_options(pdl),
+        STAGES=config.stages, PDL=pdl, num_warps=config.warps, num_stages=1, **launch_options(pdl),
     )  # fmt: skip
 
 

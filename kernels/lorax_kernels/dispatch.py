@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
 from lorax_kernels import attention_reference, fused_reference, reference
 from lorax_kernels.metadata import AttentionBatch, LoraBatch
-
-if TYPE_CHECKING:
-    from lorax_kernels.lora_triton import Shrunk
 
 
 def _uses_triton(tensor: torch.Tensor) -> bool:
@@ -50,7 +45,6 @@ def lora_linear(
     weights: tuple[torch.Tensor, torch.Tensor],
     batch: LoraBatch,
     out_slices: tuple[int, ...],
-    h: Shrunk | None = None,
 ) -> torch.Tensor:
     """A base layer with the adapters' deltas: the sum of `F.linear(x, *layer)` and what `add_lora` adds.
 
@@ -60,7 +54,6 @@ def lora_linear(
         weights: the site's A [P, S, 8, in] and B [P, 8, out].
         batch: the rows with adapters.
         out_slices: widths of the S fused layers, summing to `out`.
-        h: what `rms_norm_lora` or `silu_mul_lora` gave together with x for the same weights and batch.
 
     Returns:
         [T, out].
@@ -68,7 +61,7 @@ def lora_linear(
     if _uses_triton(x):
         from lorax_kernels import lora_triton
 
-        return lora_triton.linear(x, layer, weights, batch, out_slices, h=h)
+        return lora_triton.linear(x, layer, weights, batch, out_slices)
     out = F.linear(x, *layer)
     reference.add_lora(x, *weights, batch, out, out_slices)
     return out
@@ -105,31 +98,6 @@ def paged_attention(
     return attention_reference.paged_attention(q, k_cache, v_cache, batch, scale, sliding_window)
 
 
-def paged_attention_lora(
-    q: torch.Tensor,
-    caches: tuple[torch.Tensor, torch.Tensor],
-    batch: AttentionBatch,
-    scale: float,
-    sliding_window: int | None,
-    a: torch.Tensor,
-    lora: LoraBatch,
-) -> tuple[torch.Tensor, Shrunk | None]:
-    """`paged_attention` over (keys, values), which may begin the LoRA delta of the base layer after it.
-
-    Args:
-        a: [P, 1, 8, Hq * D], A of that layer.
-        lora: the rows with adapters.
-
-    Returns:
-        The result [T, Hq, D], and what `lora_linear` wants for `h`.
-    """
-    if _uses_triton(q):
-        from lorax_kernels import riding
-
-        return riding.paged_attention_shrink(q, caches, batch, scale, sliding_window, a, lora)
-    return paged_attention(q, *caches, batch, scale, sliding_window), None
-
-
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,44 +116,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
         return fused_triton.silu_mul(gate_up)
     return fused_reference.silu_mul(gate_up)
-
-
-def rms_norm_lora(
-    x: torch.Tensor,
-    norm: tuple[torch.Tensor, float],
-    residual: torch.Tensor | None,
-    a: torch.Tensor,
-    batch: LoraBatch | None,
-) -> tuple[torch.Tensor, torch.Tensor, Shrunk | None]:
-    """`rms_norm` with `norm` = (weight, eps), which may begin the LoRA delta of the base layer after it.
-
-    Args:
-        a: [P, S, 8, width], A of the site whose input this makes.
-        batch: the rows with adapters; None if there are none.
-
-    Returns:
-        The normed rows, their input, and what `lora_linear` wants for `h`.
-    """
-    if batch is not None and _uses_triton(x):
-        from lorax_kernels import riding
-
-        return riding.rms_norm_shrink(x, norm, residual, a, batch)
-    return *rms_norm(x, *norm, residual), None
-
-
-def silu_mul_lora(
-    gate_up: torch.Tensor, a: torch.Tensor, batch: LoraBatch | None
-) -> tuple[torch.Tensor, Shrunk | None]:
-    """`silu_mul`, which may begin the LoRA delta of the base layer after it; arguments as of `rms_norm_lora`.
-
-    Returns:
-        The result [T, width], and what `lora_linear` wants for `h`.
-    """
-    if batch is not None and _uses_triton(gate_up):
-        from lorax_kernels import riding
-
-        return riding.silu_mul_shrink(gate_up, a, batch)
-    return silu_mul(gate_up), None
 
 
 def rope_and_cache(

@@ -1,9 +1,4 @@
-"""LoRA expand as Triton kernels: out += h B. `lora_triton` launches them.
-
-What h is made of is in `lora_kernels` and, where shrink rides in the node before the base layer, `riding_kernels`. In
-that case h is complete before the base layer's product starts, and the kernel may read it (`H_READY`) before it waits
-for that product; rows of h may lack their norm's factor, which `SCALED` applies.
-"""
+"""LoRA expand as Triton kernels, out += h B; `lora_triton` launches them, and `lora_kernels` has the other half."""
 
 from __future__ import annotations
 
@@ -25,9 +20,8 @@ def _tile(tile, W0: tl.constexpr, W1: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _expand_row(
-    h_ptr, b_ptr, out_ptr, scale_ptr, page_list, pages, splits, num_pages, columns, n_seen,
-    stride_page, stride_b, stride_plane,
-    MAX_SPLITS: tl.constexpr, PDL: tl.constexpr, H_READY: tl.constexpr, SCALED: tl.constexpr,
+    h_ptr, b_ptr, out_ptr, page_list, pages, splits, num_pages, columns, n_seen,
+    stride_page, stride_b, stride_plane, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: a matrix-vector product, bound by reading B."""
     if not PDL:
@@ -41,26 +35,21 @@ def _expand_row(
         b = tl.load(b_ptr + where, mask=seen[:, None] & n_seen[None, :], other=0.0)
         after = j + 2 + r // 8
         pages = tl.load(page_list + after, mask=after < num_pages, other=0).to(tl.int64)
-        if PDL and not H_READY:
+        if PDL:
             tl.extra.cuda.gdc_wait()
         h_seen = (plane < splits)[:, None] & seen[None, :]
         h = tl.load(h_ptr + plane[:, None] * stride_plane + (j * 8 + r)[None, :], mask=h_seen, other=0.0)
         acc += tl.sum(tl.sum(h, axis=0)[:, None] * b.to(tl.float32), axis=0)
-    if SCALED:
-        acc *= tl.load(scale_ptr)
     if PDL:
-        if H_READY:
-            tl.extra.cuda.gdc_wait()
         base = tl.load(out_ptr + columns, mask=n_seen, other=0.0)
     tl.store(out_ptr + columns, (base.to(tl.float32) + acc).to(base.dtype), mask=n_seen)
 
 
 @triton.jit
 def _expand_rows(
-    h_ptr, b_ptr, out_ptr, scale_ptr, row_list, page_list, pages, splits, count, num_pages, columns, n_seen,
+    h_ptr, b_ptr, out_ptr, row_list, page_list, pages, splits, count, num_pages, columns, n_seen,
     stride_out, stride_page, stride_b, stride_plane, stride_h,
     BLOCK_M: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    H_READY: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Up to BLOCK_M rows of one adapter on the tensor cores. EARLY reads the output beside B, for more registers."""
     r = tl.arange(0, 16)
@@ -71,8 +60,6 @@ def _expand_rows(
     out_seen = m_seen[:, None] & n_seen[None, :]
     if EARLY:
         base = tl.load(where_out, mask=out_seen, other=0.0)
-    if SCALED:
-        scale = tl.load(scale_ptr + rows, mask=m_seen, other=0.0)
     acc = tl.zeros((BLOCK_M, columns.shape[0]), dtype=tl.float32)
     for j in range(0, num_pages, 2):
         seen = j + r // 8 < num_pages
@@ -80,32 +67,23 @@ def _expand_rows(
         b = tl.load(b_ptr + where, mask=seen[:, None] & n_seen[None, :], other=0.0)
         after = j + 2 + r // 8
         pages = tl.load(page_list + after, mask=after < num_pages, other=0).to(tl.int64)
-        if PDL and not H_READY:
+        if PDL:
             tl.extra.cuda.gdc_wait()
         h_rows = h_ptr + m[:, None] * stride_h + (j * 8 + r)[None, :]
         h_seen = m_seen[:, None] & seen[None, :]
         h = tl.load(h_rows, mask=h_seen, other=0.0)
         for split in tl.static_range(1, MAX_SPLITS):
             h += tl.load(h_rows + split * stride_plane, mask=h_seen & (split < splits), other=0.0)
-        if SCALED:
-            h *= scale[:, None]  # before h is rounded: without its norm's factor it may be beyond float16
         acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
-    if PDL and H_READY:
-        tl.extra.cuda.gdc_wait()
     if not EARLY:
         base = tl.load(where_out, mask=out_seen, other=0.0)
     tl.store(where_out, (base.to(tl.float32) + acc).to(base.dtype), mask=out_seen)
 
 
 @triton.jit
-def _block_of(item, row_items, num_single, ROW_TILES: tl.constexpr, TILES: tl.constexpr, FLAT: tl.constexpr):
-    """The row block an item belongs to. FLAT gives all blocks as many tiles, so that the block's record can be read
-    beside the header instead of after it."""
-    if FLAT:
-        block = item // TILES
-    else:
-        block = tl.where(item < row_items, item // ROW_TILES, num_single + (item - row_items) // TILES)
-    return block
+def _block_of(item, row_items, num_single, ROW_TILES: tl.constexpr, TILES: tl.constexpr):
+    """The row block an item belongs to."""
+    return tl.where(item < row_items, item // ROW_TILES, num_single + (item - row_items) // TILES)
 
 
 @triton.jit(do_not_specialize=("blocks_at", *_VARYING[2:]))
@@ -113,7 +91,6 @@ def bgmv_expand_kernel(
     h_ptr,
     b_ptr,
     out_ptr,
-    scale_ptr,
     work_ptr,
     stride_out,
     stride_page,
@@ -133,12 +110,7 @@ def bgmv_expand_kernel(
     MAX_SHIFT: tl.constexpr,
     TARGET_LOG2: tl.constexpr,
     PDL: tl.constexpr,
-    H_READY: tl.constexpr,
-    SCALED: tl.constexpr,
-    FLAT: tl.constexpr,
 ):
-    if PDL and H_READY:
-        tl.extra.cuda.gdc_launch_dependents()
     ROW_TILES: tl.constexpr = (
         (W0 + ROW_N - 1) // ROW_N + (W1 + ROW_N - 1) // ROW_N + (W2 + ROW_N - 1) // ROW_N
     )
@@ -154,13 +126,11 @@ def bgmv_expand_kernel(
     stride_h = S * max_pages * 8
     stride_plane = plane_rows * stride_h
     item = tl.program_id(0)
-    where = _block_of(item, row_items, num_single, ROW_TILES, TILES, FLAT)
-    # The grid has no more items than the list has room for, so that this reads no memory but the list's.
-    listed = True if FLAT else item < total
-    first, count, page_at, num_pages, row, page0, page1 = _record(blocks + where * 8, listed)
+    where = _block_of(item, row_items, num_single, ROW_TILES, TILES)
+    first, count, page_at, num_pages, row, page0, page1 = _record(blocks + where * 8, item < total)
     for _ in range(tl.program_id(0), total, tl.num_programs(0)):
         after = item + tl.num_programs(0)
-        where = _block_of(after, row_items, num_single, ROW_TILES, TILES, FLAT)
+        where = _block_of(after, row_items, num_single, ROW_TILES, TILES)
         next_first, next_count, next_page_at, next_num_pages, next_row, next_page0, next_page1 = _record(
             blocks + where * 8, after < total
         )
@@ -171,21 +141,17 @@ def bgmv_expand_kernel(
             which, begin, start = _tile(item % ROW_TILES, W0, W1, ROW_N)
             n_row = start + tl.arange(0, ROW_N)
             _expand_row(
-                h_base + which * max_pages * 8, b_ptr, out_ptr + row.to(tl.int64) * stride_out, scale_ptr + row,
-                page_list, pages, splits, num_pages, begin + n_row,
-                n_row < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
-                stride_page, stride_b, stride_plane, 1 << MAX_SHIFT, PDL, H_READY, SCALED,
+                h_base + which * max_pages * 8, b_ptr, out_ptr + row.to(tl.int64) * stride_out, page_list, pages,
+                splits, num_pages, begin + n_row, n_row < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
+                stride_page, stride_b, stride_plane, 1 << MAX_SHIFT, PDL,
             )  # fmt: skip
         else:
-            tile = item % TILES if FLAT else (item - row_items) % TILES
-            which, begin, start = _tile(tile, W0, W1, BLOCK_N)
+            which, begin, start = _tile((item - row_items) % TILES, W0, W1, BLOCK_N)
             n = start + tl.arange(0, BLOCK_N)
             _expand_rows(
-                h_base + which * max_pages * 8, b_ptr, out_ptr, scale_ptr, work_ptr + rows_at + first, page_list,
-                pages, splits, count, num_pages, begin + n,
-                n < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
+                h_base + which * max_pages * 8, b_ptr, out_ptr, work_ptr + rows_at + first, page_list, pages, splits,
+                count, num_pages, begin + n, n < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
                 stride_out, stride_page, stride_b, stride_plane, stride_h, BLOCK_M, 1 << MAX_SHIFT, PDL, not PDL,
-                H_READY, SCALED,
             )  # fmt: skip
         first, count, page_at, num_pages = next_first, next_count, next_page_at, next_num_pages
         row, page0, page1 = next_row, next_page0, next_page1
@@ -225,8 +191,8 @@ def sgmv_expand_kernel(
     n = start + tl.arange(0, BLOCK_N)
     stride_h = S * max_pages * 8
     _expand_rows(
-        h_ptr + first * stride_h + which * max_pages * 8, b_ptr, out_ptr, out_ptr, work_ptr + rows_at + first,
+        h_ptr + first * stride_h + which * max_pages * 8, b_ptr, out_ptr, work_ptr + rows_at + first,
         work_ptr + pages_at + page_at, pages, SPLITS, count, num_pages, begin + n,
         n < tl.where(which == 0, W0, tl.where(which == 1, W1, W2)),
-        stride_out, stride_page, stride_b, plane_rows * stride_h, stride_h, BLOCK_M, SPLITS, False, False, False, False,
+        stride_out, stride_page, stride_b, plane_rows * stride_h, stride_h, BLOCK_M, SPLITS, False, False,
     )  # fmt: skip

@@ -1,10 +1,9 @@
 """LoRA shrink and expand in Triton: what a CUDA device runs.
 
-A site costs two launches: shrink, h = x A^T, and expand, out += h B; or one, where shrink rides in the node that makes
-x (`riding`). Both walk the work list of the step (`worklist`), so their cost follows active rows, adapters and true
-ranks. Shrink splits the long input dimension over programs; each split writes a plane of h of its own and expand sums
-the planes, so that nothing is zeroed and nothing is added atomically, and a result does not depend on the order in
-which programs run.
+A site costs two launches: shrink, h = x A^T, and expand, out += h B. Both walk the work list of the step (`worklist`),
+so their cost follows active rows, adapters and true ranks. Shrink splits the long input dimension over programs; each
+split writes a plane of h of its own and expand sums the planes, so that nothing is zeroed and nothing is added
+atomically, and a result does not depend on the order in which programs run.
 
 Two forms of shrink. bgmv, for decode: a unit is one page and one slice of a block of up to 16 rows; a block of one row,
 the rule when every sequence has its own adapter, is a matrix-vector product without tensor cores, bound by reading A.
@@ -37,16 +36,13 @@ _OVERLAP_MIN_TOKENS = 1024
 class Shrunk:
     """h of one site, as planes [splits, rows, S * max_pages * 8] in float32, and how it was made.
 
-    `splits` are the log2 of the most splits and of the pieces wanted in all. `rode` says that it was made before the
-    base layer's product was launched. `row_scale` float32 [T], where given, is a factor that every token row lacks.
+    `splits` are the log2 of the most splits and of the pieces wanted in all.
     """
 
     planes: torch.Tensor
     slices: int
     config: LoraConfig
     splits: tuple[int, int]
-    rode: bool = False
-    row_scale: torch.Tensor | None = None
 
 
 @functools.cache
@@ -131,14 +127,11 @@ def expand(
         h.planes.shape[1], work.max_pages,
     )  # fmt: skip
     if work.shape.decode:
-        row_n = config.block_n if config.expand_flat else config.row_n
-        row_tiles, tiles = _num_tiles(out_slices, row_n), _num_tiles(out_slices, config.block_n)
+        row_tiles, tiles = _num_tiles(out_slices, config.row_n), _num_tiles(out_slices, config.block_n)
         items = (at.blocks if work.fixed else work.num_blocks) * max(row_tiles, tiles)
         bgmv_expand_kernel[(max(1, min(num_sms(out.device.index) * config.expand_waves, items)),)](
-            h.planes, b, out, out if h.row_scale is None else h.row_scale, *arguments, W0=w0, W1=w1, W2=w2, S=h.slices,
-            BLOCK_M=work.shape.block_rows, ROW_N=row_n, BLOCK_N=config.block_n, MAX_SHIFT=h.splits[0],
-            TARGET_LOG2=h.splits[1], PDL=config.pdl, H_READY=h.rode, SCALED=h.row_scale is not None,
-            FLAT=config.expand_flat,
+            h.planes, b, out, *arguments, W0=w0, W1=w1, W2=w2, S=h.slices, BLOCK_M=work.shape.block_rows,
+            ROW_N=config.row_n, BLOCK_N=config.block_n, MAX_SHIFT=h.splits[0], TARGET_LOG2=h.splits[1], PDL=config.pdl,
             num_warps=config.expand_warps, num_stages=1, **launch_options(config.pdl, config.expand_registers),
         )  # fmt: skip
     else:
@@ -175,33 +168,38 @@ def linear(
     batch: LoraBatch,
     out_slices: tuple[int, ...],
     config: LoraConfig | None = None,
-    h: Shrunk | None = None,
 ) -> torch.Tensor:
-    """`lorax_kernels.lora_linear` on a device. Where the configuration says so, shrink runs beside the base layer's
-    product on a stream of its own: both wait for x only. Where shrink rode in the node before, its `h` is given."""
+    """`lorax_kernels.lora_linear` on a device."""
     work = work_of(batch)
-    if h is not None:
-        out = F.linear(x, *layer)
-        expand(h, weights[1], work, out, out_slices)
-        return out
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
-    if config.overlap == "none" or not (work.fixed or work.num_tokens >= _OVERLAP_MIN_TOKENS):
-        out = F.linear(x, *layer)
-        h = shrink(x, weights[0], work, config)
-    else:
-        planes = allocate_planes(weights[0], work, config)
-        here, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-        side.wait_stream(here)
-        # The order of the launches decides which of the two gets the multiprocessors first.
-        if config.overlap == "product_first":
-            out = F.linear(x, *layer)
-        with torch.cuda.stream(side):
-            h = shrink(x, weights[0], work, config, planes)
-        if config.overlap == "shrink_first":
-            out = F.linear(x, *layer)
-        here.wait_stream(side)
+    out, h = linear_and_shrink(x, layer, weights[0], work, config)
     expand(h, weights[1], work, out, out_slices)
     return out
+
+
+def linear_and_shrink(
+    x: torch.Tensor,
+    layer: tuple[torch.Tensor, torch.Tensor | None],
+    a: torch.Tensor,
+    work: LoraWork,
+    config: LoraConfig,
+) -> tuple[torch.Tensor, Shrunk]:
+    """The base layer's output [T, out] without the deltas, and what expand needs to add them. Where the configuration
+    says so, shrink runs beside the product on a stream of its own: both wait for x only."""
+    if config.overlap == "none" or not (work.fixed or work.num_tokens >= _OVERLAP_MIN_TOKENS):
+        return F.linear(x, *layer), shrink(x, a, work, config)
+    planes = allocate_planes(a, work, config)
+    here, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_stream(here)
+    # The order of the launches decides which of the two gets the multiprocessors first.
+    if config.overlap == "product_first":
+        out = F.linear(x, *layer)
+    with torch.cuda.stream(side):
+        h = shrink(x, a, work, config, planes)
+    if config.overlap == "shrink_first":
+        out = F.linear(x, *layer)
+    here.wait_stream(side)
+    return out, h
 
 
 def work_of(batch: LoraBatch) -> LoraWork:

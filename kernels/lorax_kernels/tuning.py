@@ -27,10 +27,9 @@ class LoraConfig:
     `pdl` lets expand start while shrink still runs (programmatic dependent launch, compute capability 9.0 and up);
     `overlap` runs shrink beside the base layer's product on a second stream: "none", "shrink_first" or "product_first".
 
-    `shrink` "fused" lets decode's shrink ride in the node that makes the site's input (`riding`), instead of
-    "separate"; `ride_block_k`, `ride_split_shift`, `ride_target_log2`, `ride_waves` and `ride_stages` are then its own,
-    and `ride_warps` the warps of such a node, 0 for what it has by itself. `ride_attention` has it ride in attention
-    too. `expand_flat` gives single rows pieces of `block_n` columns as well, which saves expand one wait.
+    `expand` "fused" leaves the deltas of decode to the nodes after the base layers (`expand_nodes`), instead of
+    "separate"; SiLU and multiplication then has tiles of `fuse_block_n` columns, `fuse_warps` warps a program and
+    `fuse_waves` programs a multiprocessor.
     """
 
     block_k: int = 512
@@ -47,15 +46,10 @@ class LoraConfig:
     expand_registers: int = 0
     pdl: bool = False
     overlap: str = "none"
-    shrink: str = "separate"
-    ride_block_k: int = 256
-    ride_split_shift: int = 4
-    ride_target_log2: int = 9
-    ride_waves: int = 2
-    ride_stages: int = 2
-    ride_warps: int = 0
-    ride_attention: bool = False
-    expand_flat: bool = False
+    expand: str = "separate"
+    fuse_block_n: int = 128
+    fuse_warps: int = 4
+    fuse_waves: int = 4
     prefill_block_k: int = 128
     prefill_splits: int = 2
     prefill_stages: int = 3
@@ -73,7 +67,6 @@ def _narrowed(config: LoraConfig) -> LoraConfig:
     return replace(
         config,
         block_k=max(128, config.block_k // 2),
-        ride_block_k=max(128, config.ride_block_k // 2),
         row_n=config.row_n // 2,
         block_n=max(32, config.block_n // 2),
         expand_registers=0,

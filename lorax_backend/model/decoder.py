@@ -7,7 +7,6 @@ graph and run for any mix of decoding and prefill, with and without adapters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +23,10 @@ from lorax_kernels import (
     PageLayout,
     add_lora,
     lora_linear,
-    paged_attention_lora,
     rms_norm,
-    rms_norm_lora,
     rope_and_cache,
-    silu_mul_lora,
+    silu_mul,
 )
-
-if TYPE_CHECKING:
-    from lorax_kernels.lora_triton import Shrunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +48,12 @@ class LoraSiteView:
         self.weights = layout.a_view(pages, key), layout.b_view(pages, key)
         self.out_slices = layout.sites[key].out_slices
 
-    def project(
-        self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None, h: Shrunk | None = None
-    ) -> torch.Tensor:
-        """linear(x), plus the adapters' deltas of the rows in `batch`; x [T, in] -> [T, out]. `h` is what the kernel
-        that made x has done of the deltas."""
+    def project(self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None) -> torch.Tensor:
+        """linear(x), plus the adapters' deltas of the rows in `batch`; x [T, in] -> [T, out]."""
         if batch is None:
             return linear(x)
         if linear.weight is not None:
-            return lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices, h)
+            return lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices)
         out = linear(x)
         add_lora(x, *self.weights, batch, out, self.out_slices)
         return out
@@ -118,16 +109,13 @@ class Decoder:
         delta: torch.Tensor | None = None  # what the last block adds to x; the next norm adds it on the way
         for index, layer in enumerate(self.weights.layers):
             sites = self._sites[index]
-            site = sites["qkv"]
-            normed, x, h = rms_norm_lora(x, (layer.input_norm, eps), delta, site.weights[0], lora.qkv)
-            qkv = site.project(layer.qkv, normed, lora.qkv, h)
-            attended, h = self._attend(index, qkv, positions, attention, cache, lora.o)
-            delta = sites["o"].project(layer.o, attended, lora.o, h)
-            site = sites["gate_up"]
-            normed, x, h = rms_norm_lora(x, (layer.post_norm, eps), delta, site.weights[0], lora.gate_up)
-            gate_up = site.project(layer.gate_up, normed, lora.gate_up, h)
-            active, h = silu_mul_lora(gate_up, sites["down"].weights[0], lora.down)
-            delta = sites["down"].project(layer.down, active, lora.down, h)
+            normed, x = rms_norm(x, layer.input_norm, eps, delta)
+            qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
+            attended = self._attend(index, qkv, positions, attention, cache)
+            delta = sites["o"].project(layer.o, attended, lora.o)
+            normed, x = rms_norm(x, layer.post_norm, eps, delta)
+            gate_up = sites["gate_up"].project(layer.gate_up, normed, lora.gate_up)
+            delta = sites["down"].project(layer.down, silu_mul(gate_up), lora.down)
         return x if delta is None else x + delta
 
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
@@ -142,10 +130,8 @@ class Decoder:
         positions: torch.Tensor,
         attention: AttentionBatch,
         cache: KvCache,
-        lora: LoraBatch | None,
-    ) -> tuple[torch.Tensor, Shrunk | None]:
-        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q], and what it did of the deltas of the layer after it.
-        Stores the step's keys and values."""
+    ) -> torch.Tensor:
+        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q]. Stores the step's keys and values."""
         config, layer = self.config, self.weights.layers[index]
         layer_cache = cache.keys[index], cache.values[index]
         queries = rope_and_cache(
@@ -159,10 +145,5 @@ class Decoder:
         )
         values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]
         window = config.layer_windows[index]
-        h: Shrunk | None = None
-        if lora is not None and attention.num_decodes == attention.num_sequences:
-            a = self._sites[index]["o"].weights[0]
-            out, h = paged_attention_lora(queries, layer_cache, attention, self._scale, window, a, lora)
-        else:
-            out = attend(queries, values, layer_cache, attention, self._scale, window, self.fresh_attention)
-        return out.view(out.shape[0], config.q_size), h
+        out = attend(queries, values, layer_cache, attention, self._scale, window, self.fresh_attention)
+        return out.view(out.shape[0], config.q_size)

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 
 from lorax_kernels import LoraBatch, LoraSite, PageLayout, pages_for_rank
+
+
+def poison_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is allocated but not written is NaN, so that reading it shows."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+
+
+def _poisoning(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*arguments: object, **options: object) -> torch.Tensor:
+        made = plain(*arguments, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    return poisoned
 
 
 @dataclass

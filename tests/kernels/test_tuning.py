@@ -22,7 +22,6 @@ def _fresh_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_device_without_a_table_gets_the_defaults() -> None:
     assert lora_config(32, True) == DEFAULT
     assert node_config() == DEFAULT_NODE
-    assert DEFAULT.shrink == "separate"
 
 
 def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_it(
@@ -32,11 +31,11 @@ def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_i
     monkeypatch.setattr(tuning, "_table", lambda device, kind: table)
     assert [lora_config(n, True, 0).row_n for n in (1, 2, 32, 200)] == [64, 128, 128, 128]
     tuning.forget_configs()
-    monkeypatch.setenv("LORAX_LORA_CONFIG", '{"row_n": 256, "shrink": "fused"}')
-    assert lora_config(2, True, 0) == LoraConfig(row_n=256, stages=4, shrink="fused")
+    monkeypatch.setenv("LORAX_LORA_CONFIG", '{"row_n": 256, "overlap": "product_first"}')
+    assert lora_config(2, True, 0) == LoraConfig(row_n=256, stages=4, overlap="product_first")
 
 
-@pytest.mark.parametrize("text", ["shrink=fused", '["fused"]', '{"shrnk": "fused"}'])
+@pytest.mark.parametrize("text", ["pdl=true", '["pdl"]', '{"pld": true}'])
 def test_an_environment_that_cannot_be_meant_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAX_LORA_CONFIG", text)
     with pytest.raises(ValueError, match=r"LORAX_LORA_CONFIG: .* is no JSON"):

@@ -19,19 +19,12 @@ from lorax_kernels import LoraBatch, dispatch, tuning
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = ({"rank": 1, "targets": ("q_proj",)}, {"rank": 12, "targets": (*MODULES, "lm_head")})
-SMALL = {
-    "block_k": 32,
-    "row_n": 64,
-    "block_n": 32,
-    "split_shift": 1,
-    "ride_block_k": 32,
-    "ride_split_shift": 1,
-}
+SMALL = {"block_k": 32, "row_n": 64, "block_n": 32, "split_shift": 1}
 
 
 @contextmanager
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """CPU tensors go to the Triton kernels; shrink rides where it can, and is launched by itself for o and lm_head."""
+    """CPU tensors go to the Triton kernels."""
     plain = LoraBatch.build
 
     def with_work(*arguments: object) -> LoraBatch | None:
@@ -39,7 +32,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return batch if batch is None or batch.work is not None else batch.with_work("cpu")
 
     with monkeypatch.context() as patched:
-        patched.setenv(tuning.OVERRIDE.format(kind="LORA"), json.dumps(SMALL | {"shrink": "fused"}))
+        patched.setenv(tuning.OVERRIDE.format(kind="LORA"), json.dumps(SMALL))
         patched.setattr(dispatch, "_uses_triton", lambda tensor: True)
         patched.setattr(LoraBatch, "build", with_work)
         tuning.forget_configs()
