@@ -69,6 +69,7 @@ def _narrowed(config: LoraConfig) -> LoraConfig:
         block_k=max(128, config.block_k // 2),
         row_n=config.row_n // 2,
         block_n=max(32, config.block_n // 2),
+        fuse_block_n=max(32, config.fuse_block_n // 2),
         expand_registers=0,
         shrink_registers=0,
         prefill_block_k=32,
@@ -104,10 +105,40 @@ class NodeConfig:
     pdl: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """How base layers of up to 32 rows are computed: `kernel` "blas", or "triton" as the other fields say.
+
+    A program has up to `block_n` columns of the result and reads `block_k` elements of each at a time, `stages` tiles
+    ahead. K is split into at most `split_k` parts where columns alone are too few programs. With `pdl` a launch begins
+    before the one before it is over, and asks L2 for its first `ahead` tiles; one row has `stages` of them, at most 2,
+    in registers instead.
+    """
+
+    kernel: str = "blas"
+    block_n: int = 32
+    block_k: int = 256
+    stages: int = 4
+    warps: int = 4
+    split_k: int = 1
+    ahead: int = 4
+    pdl: bool = False
+
+    def for_itemsize(self, itemsize: int) -> GemmConfig:
+        """The tables are for two-byte elements; wider ones get smaller tiles, which need no more memory."""
+        return self if itemsize <= 2 else _narrowed_gemm(self)
+
+
+@functools.cache
+def _narrowed_gemm(config: GemmConfig) -> GemmConfig:
+    return replace(config, block_k=max(32, config.block_k // 4))
+
+
 DEFAULT = LoraConfig()
 DEFAULT_ATTENTION = AttentionConfig()
 DEFAULT_NODE = NodeConfig()
-_Config = TypeVar("_Config", LoraConfig, AttentionConfig, NodeConfig)
+DEFAULT_GEMM = GemmConfig()
+_Config = TypeVar("_Config", LoraConfig, AttentionConfig, NodeConfig, GemmConfig)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,9 +159,15 @@ def node_config(device: int | None = None) -> NodeConfig:
     return _pick(device, "node", DEFAULT_NODE, _LARGEST)
 
 
+@functools.lru_cache(maxsize=4096)
+def gemm_config(num_tokens: int, device: int | None = None) -> GemmConfig:
+    """The configuration of base layers for `num_tokens` rows on CUDA device `device`."""
+    return _pick(device, "gemm", DEFAULT_GEMM, num_tokens)
+
+
 def forget_configs() -> None:
     """Look at the tables and the environment again."""
-    for kept in (lora_config, attention_config, node_config):
+    for kept in (lora_config, attention_config, node_config, gemm_config):
         kept.cache_clear()
 
 
