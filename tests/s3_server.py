@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,12 +16,17 @@ from werkzeug.serving import make_server
 @dataclass
 class S3Fault:
     """What happens to the next request whose 'METHOD path' contains `match`: an error status, a body cut short after
-    `cut` bytes, or a wait for `hold` before it is answered."""
+    `cut` bytes, one whose last byte is another (`garble`), a wait for `hold` before it is answered, `first` called
+    before that, or a body that comes a byte every 20 ms until `trickle` is set, so that no connection ever seems
+    dead."""
 
     match: str
     status: int | None = None
     cut: int | None = None
+    garble: bool = False
     hold: threading.Event | None = None
+    trickle: threading.Event | None = None
+    first: Callable[[], object] | None = None
 
 
 class S3Server:
@@ -31,6 +36,7 @@ class S3Server:
         self.requests: list[tuple[str, str]] = []
         self.faults: list[S3Fault] = []
         self._lock = threading.Lock()
+        self._events: list[threading.Event] = []
         self._application = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -46,6 +52,8 @@ class S3Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for event in self._events:
+            event.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5)
@@ -79,6 +87,7 @@ class S3Server:
         """See `S3Fault`."""
         with self._lock:
             self.faults += [S3Fault(match, **what) for _ in range(times)]
+            self._events += [what[name] for name in ("hold", "trickle") if what.get(name) is not None]
 
     def count(self, match: str) -> int:
         """How many requests had `match` in 'METHOD path?query'."""
@@ -92,12 +101,26 @@ class S3Server:
             fault = next((fault for fault in self.faults if fault.match in line), None)
             if fault is not None:
                 self.faults.remove(fault)
-        if fault is not None and fault.hold is not None:
+        if fault is None:
+            return self._application(environ, start_response)
+        if fault.first is not None:
+            fault.first()
+        if fault.hold is not None:
             fault.hold.wait(30)
-        if fault is not None and fault.status is not None:
+        if fault.status is not None:
             start_response(f"{fault.status} fault", [("Content-Length", "0")])
             return [b""]
-        body = self._application(environ, start_response)
-        if fault is not None and fault.cut is not None:
-            return [b"".join(body)[: fault.cut]]
-        return body
+        body = b"".join(self._application(environ, start_response))
+        if fault.trickle is not None:
+            return _trickle(body, fault.trickle)
+        if fault.garble:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        return [body[: fault.cut]]
+
+
+def _trickle(body: bytes, enough: threading.Event) -> Iterator[bytes]:
+    for index in range(len(body)):
+        if enough.wait(0.02):
+            yield body[index:]
+            return
+        yield body[index : index + 1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -19,10 +20,19 @@ from filelock import Timeout as FileLockTimeout
 from lorax_backend.adapters.disk_cache import DiskCache
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.retry import Retry
-from lorax_backend.adapters.sources.s3_errors import ShortReadError, is_disk_full, is_transient, translate
+from lorax_backend.adapters.sources.s3_body import pieces
+from lorax_backend.adapters.sources.s3_errors import (
+    ShortReadError,
+    is_beginning,
+    is_damaged,
+    is_disk_full,
+    is_transient,
+    translate,
+)
 from lorax_backend.adapters.weight_files import CONFIG_NAME, TEMPLATE_NAMES, choose_weight_names
 from lorax_backend.errors import (
     AdapterDownloadError,
+    AdapterError,
     AdapterNotFoundError,
     AdapterTooLargeError,
     UnsupportedError,
@@ -31,8 +41,8 @@ from lorax_backend.errors import (
 from lorax_backend.types import AdapterRef
 
 _TIMEOUT_S = 10.0
-_CHUNK = 1 << 20
 _SCHEME = "s3://"
+_REVISION = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +60,10 @@ class S3Source:
     (below PREDIBASE_MODEL_FOLDER, if that is set).
 
     The adapter is what lies directly under the prefix and a slash. Its revision is a digest of its files' ETags; one
-    given in a request must be the present one. The server's credentials are used for everybody (AWS_ACCESS_KEY_ID and
-    the rest of boto3's ways), so whatever they may read is public to all callers. Another endpoint than Amazon's is
-    named by S3_ENDPOINT_URL, R2_ACCOUNT_ID (Cloudflare) or AWS_ENDPOINT_URL_S3, in this order.
+    given in a request must be the present one or still be in the disk cache. The server's credentials are used for
+    everybody (AWS_ACCESS_KEY_ID and the rest of boto3's ways), so whatever they may read is public to all callers.
+    Another endpoint than Amazon's is named by S3_ENDPOINT_URL, R2_ACCOUNT_ID (Cloudflare) or AWS_ENDPOINT_URL_S3, in
+    this order.
     """
 
     name = "s3"
@@ -87,9 +98,14 @@ class S3Source:
         self._check_size(ref, found)
         digest = hashlib.sha256("\n".join(f"{item.name} {item.etag}" for item in found).encode())
         revision = digest.hexdigest()[:40]
-        if ref.revision is not None and ref.revision != revision:
-            raise AdapterNotFoundError(f"{ref}: there is no revision {ref.revision!r}; it is {revision} now")
         repository = self._disk.repository(self.name, ref.id)
+        if ref.revision is not None and ref.revision != revision:
+            former = self._former(ref, ref.revision, repository)
+            if former is None:
+                raise AdapterNotFoundError(
+                    f"{ref}: there is no revision {ref.revision!r}; it is {revision} now"
+                )
+            return former
         folder = repository / "snapshots" / revision
         try:
             with self._alone(folder):
@@ -107,6 +123,14 @@ class S3Source:
     def authorize(self, ref: AdapterRef, token: str | None) -> bool:
         self._list(self.canonical(ref), time.monotonic())
         return True
+
+    def _former(self, ref: AdapterRef, revision: str, repository: Path) -> FetchedAdapter | None:
+        """What the bucket held before, if it is still here: requests that began with it can end with it."""
+        folder = repository / "snapshots" / revision
+        if not _REVISION.fullmatch(revision) or not folder.is_dir():
+            return None
+        lease = self._disk.lease(self.name, ref.id, folder)
+        return None if lease is None else FetchedAdapter(folder, revision, True, True, lease)
 
     def _alone(self, folder: Path) -> FileLock:
         """One download of an adapter at a time, also among servers that share the folder: it appends to files."""
@@ -151,11 +175,18 @@ class S3Source:
         """All files, then their folder, appear at once; what broke off is taken up where it ended, also by another
         process later."""
         partial = folder.with_name(f"{folder.name}.part")
+
+        def give_up(error: Exception) -> AdapterError:
+            if not is_beginning(error):
+                shutil.rmtree(partial, ignore_errors=True)  # of no use to anybody, and the disk may be full
+            return translate(error, ref)
+
         for item in found:
-            self._try(functools.partial(self._download_file, ref, item, partial), ref, started)
+            work = functools.partial(self._download_file, ref, item, partial, started)
+            self._retry.call(work, started, self._may_try_again, give_up)
         partial.rename(folder)
 
-    def _download_file(self, ref: AdapterRef, item: _Object, folder: Path) -> None:
+    def _download_file(self, ref: AdapterRef, item: _Object, folder: Path, started: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / item.name
         have = target.stat().st_size if target.exists() else 0
@@ -170,11 +201,16 @@ class S3Source:
             IfMatch=item.etag,
             **({"Range": f"bytes={have}-"} if have else {}),
         )
-        with target.open("ab") as file, contextlib.closing(answer["Body"]) as body:
-            while chunk := body.read(_CHUNK):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with target.open("ab") as file:
+                for piece in pieces(answer["Body"], started, self._retry.deadline_s):
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception as error:
+            if is_damaged(error):
+                target.unlink()
+            raise
         if target.stat().st_size != item.size:
             raise ShortReadError
 

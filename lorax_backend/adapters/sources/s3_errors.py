@@ -9,10 +9,27 @@ from lorax_backend.types import AdapterRef
 
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 _CHANGED_STATUS = (412, 416)  # IfMatch or Range failed: the object is another one now
+# Refusals that are about the server's keys, whatever the caller asked for.
+_KEY_CODES = (
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+)
 
 
 class ShortReadError(Exception):
     """The connection ended before the file did."""
+
+
+class OutOfTimeError(Exception):
+    """The download did not end in its time; what has come is the beginning of the file all the same."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
 
 
 def translate(error: Exception, ref: AdapterRef) -> AdapterError:
@@ -20,7 +37,17 @@ def translate(error: Exception, ref: AdapterRef) -> AdapterError:
     in the same words, and without the address, which may be the operator's secret."""
     if isinstance(error, LoraxError):
         raise error
-    status = _status(error)
+    if isinstance(error, OutOfTimeError):
+        return AdapterDownloadError(
+            f"{ref}: its download did not end within {error.seconds:g} s (adapter_load_timeout_s); the next one goes "
+            "on where it stopped"
+        )
+    status, code = _status(error), _code(error)
+    if code in _KEY_CODES:
+        return AdapterDownloadError(
+            f"{ref}: the bucket's server refuses this server's credentials ({code}); the operator has to mend "
+            "AWS_ACCESS_KEY_ID and what belongs to it"
+        )
     if status in (400, 401, 403, 404):
         return AdapterNotFoundError(f"{ref} does not exist, or the server may not read it")
     if status in _CHANGED_STATUS:
@@ -51,8 +78,27 @@ def is_transient(error: Exception) -> bool:
     # botocore's and urllib3's for connections, time limits and answers cut short
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(
-        names & {"ShortReadError", "HTTPClientError", "ConnectionError", "HTTPError", "IncompleteReadError"}
+        names
+        & {
+            "ShortReadError",
+            "HTTPClientError",
+            "ConnectionError",
+            "HTTPError",
+            "IncompleteReadError",
+            "ResponseStreamingError",
+            "FlexibleChecksumError",
+        }
     )
+
+
+def is_beginning(error: Exception) -> bool:
+    """True if what was stored before the error is the beginning of the right file, worth keeping for the next try."""
+    return isinstance(error, OutOfTimeError) or is_transient(error)
+
+
+def is_damaged(error: Exception) -> bool:
+    """True if what was stored is not what the bucket holds: its checksum is another."""
+    return type(error).__name__ == "FlexibleChecksumError"
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -64,3 +110,8 @@ def _status(error: Exception) -> int | None:
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     return metadata.get("HTTPStatusCode")
+
+
+def _code(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""

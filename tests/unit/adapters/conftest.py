@@ -1,15 +1,18 @@
-"""Base models of two shapes for adapters to fit: SmolLM2's, and a tiny one."""
+"""Base models of two shapes for adapters to fit, SmolLM2's and a tiny one, and a hub and an S3 to have them from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from adapter_files import SMOLLM2, TINY, Base, lora_config, lora_tensors, make_base, write_adapter
 from hub_server import HubServer
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +33,28 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    from s3_server import S3Server  # moto takes its time
+
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An empty S3 that the source finds by S3_ENDPOINT_URL."""
+    endpoints = ("R2_ACCOUNT_ID", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    for name in (*endpoints, "PREDIBASE_MODEL_BUCKET", "PREDIBASE_MODEL_FOLDER", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("S3_ENDPOINT_URL", s3_server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3_server.reset()
+    return s3_server
 
 
 @pytest.fixture

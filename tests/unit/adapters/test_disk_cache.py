@@ -5,19 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import random
-import resource
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from adapter_files import read_files
 from hub_server import HubServer
+from small_disk import small_files
 
 from lorax_backend.adapters import disk_cache
 from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
@@ -354,21 +352,6 @@ def test_a_hub_repository_removed_between_its_files_is_downloaded_again_a_few_ti
     else:
         with pytest.raises(AdapterDownloadError, match="removes its files"):
             source.fetch(AdapterRef("hub", "org/a"), None)
-
-
-@contextmanager
-def small_files() -> Iterator[None]:
-    """Files of at most 2 KiB can be written, as on a disk that is full.
-
-    Not a fixture: pytest reports a test before it takes its fixtures down, and could not, into a file.
-    """
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_is_told_with_a_remedy(hub: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,70 +12,24 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import Base, read_files
+from adapter_server import AdapterServer
 from hub_server import HubServer
 
-from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.adapters.checkpoint import inspect_adapter
-from lorax_backend.adapters.manager import AdapterManager
-from lorax_backend.config import ServerConfig
 from lorax_backend.errors import (
     AdapterDownloadError,
     AdapterIncompatibleError,
     AdapterNotFoundError,
-    LoraxError,
 )
 from lorax_backend.types import AdapterRef
 
-WAIT = 60.0
-
-
-class Server:
-    """A manager, and the part of an engine that polls it."""
-
-    def __init__(self, base: Base, cache: Path, num_pages: int = 8, **options: Any) -> None:
-        config = ServerConfig(adapter_disk_cache=str(cache), adapter_host_bytes=64 << 20, **options)
-        self.arena = LoraArena(base.layout, num_pages, 8, torch.float32, "cpu", config.max_lora_rank)
-        self.manager = AdapterManager(config, base.targets, base.layout, torch.float32, self.arena)
-        self.failed: dict[int, LoraxError] = {}
-        self.woken = threading.Event()
-        self.manager.set_wakeup(self.woken.set)
-        self._handles = iter(range(1, 10_000))
-
-    def ask(self, ref: AdapterRef, token: str | None = None) -> int:
-        handle = next(self._handles)
-        self.manager.acquire(handle, ref, token)
-        return handle
-
-    def until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT
-        while True:
-            self.woken.clear()
-            self.failed.update({failure.handle: failure.error for failure in self.manager.poll()})
-            self.manager.check()
-            if done():
-                return
-            assert self.woken.wait(deadline - time.monotonic()), "nothing happened"
-
-    def ready(self, handle: int, ref: AdapterRef) -> bool:
-        return self.manager.is_ready(handle, ref)
-
-    def get(self, ref: AdapterRef, token: str | None = None) -> int:
-        handle = self.ask(ref, token)
-        self.until(lambda: self.ready(handle, ref))
-        return handle
-
-    def error(self, ref: AdapterRef, token: str | None = None) -> LoraxError:
-        handle = self.ask(ref, token)
-        self.until(lambda: handle in self.failed)
-        return self.failed[handle]
-
 
 @pytest.fixture
-def make_server(tiny: Base, tmp_path: Path, hub: HubServer) -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
+def make_server(tiny: Base, tmp_path: Path, hub: HubServer) -> Iterator[Callable[..., AdapterServer]]:
+    servers: list[AdapterServer] = []
 
-    def make(**options: Any) -> Server:
-        servers.append(Server(tiny, tmp_path / "disk", **options))
+    def make(**options: Any) -> AdapterServer:
+        servers.append(AdapterServer(tiny, tmp_path / "disk", **options))
         return servers[-1]
 
     yield make
@@ -94,7 +47,10 @@ def hub_ref(name: str) -> AdapterRef:
 
 
 def test_a09_the_same_id_from_two_sources_is_two_adapters(
-    hub: HubServer, make_server: Callable[..., Server], make_adapter: Callable[..., Path], tmp_path: Path
+    hub: HubServer,
+    make_server: Callable[..., AdapterServer],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     make_adapter("org/same", seed=1)
     hub.commit("org/same", read_files(make_adapter("other", seed=2)))
@@ -109,7 +65,9 @@ def test_a09_the_same_id_from_two_sources_is_two_adapters(
 
 
 def test_a09_weights_that_change_between_their_naming_and_their_check_do_not_get_the_old_name(
-    make_server: Callable[..., Server], make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[..., AdapterServer],
+    make_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_adapter(seed=1)
     changes = [2]
@@ -127,7 +85,7 @@ def test_a09_weights_that_change_between_their_naming_and_their_check_do_not_get
 
 
 def test_a10_records_of_adapters_nobody_needs_do_not_pile_up(
-    make_server: Callable[..., Server], tiny: Base, make_adapter: Callable[..., Path]
+    make_server: Callable[..., AdapterServer], tiny: Base, make_adapter: Callable[..., Path]
 ) -> None:
     server, page_bytes = make_server(num_pages=2), tiny.layout.page_size * 4
     folder = make_adapter()
@@ -141,7 +99,7 @@ def test_a10_records_of_adapters_nobody_needs_do_not_pile_up(
 
 
 def test_a49_a_client_that_has_gone_when_its_adapter_fails_stops_no_other_load(
-    hub: HubServer, make_server: Callable[..., Server], files: dict[str, bytes]
+    hub: HubServer, make_server: Callable[..., AdapterServer], files: dict[str, bytes]
 ) -> None:
     release = threading.Event()
     hub.commit("org/bad", {**files, "adapter_model.safetensors": b"broken"})
@@ -158,7 +116,7 @@ def test_a49_a_client_that_has_gone_when_its_adapter_fails_stops_no_other_load(
 
 def test_a51_slow_downloads_delay_no_other_even_when_all_threads_have_one(
     hub: HubServer,
-    make_server: Callable[..., Server],
+    make_server: Callable[..., AdapterServer],
     files: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -177,7 +135,7 @@ def test_a51_slow_downloads_delay_no_other_even_when_all_threads_have_one(
 
 
 def test_a52_an_adapter_too_big_for_the_moment_is_passed_by_smaller_ones(
-    make_server: Callable[..., Server], make_adapter: Callable[..., Path]
+    make_server: Callable[..., AdapterServer], make_adapter: Callable[..., Path]
 ) -> None:
     server = make_server(num_pages=3)
     refs = {
@@ -192,7 +150,7 @@ def test_a52_an_adapter_too_big_for_the_moment_is_passed_by_smaller_ones(
 
 
 def test_a54_pages_are_given_to_the_next_only_when_they_are_free(
-    make_server: Callable[..., Server], make_adapter: Callable[..., Path]
+    make_server: Callable[..., AdapterServer], make_adapter: Callable[..., Path]
 ) -> None:
     server = make_server(num_pages=1)
     first, second = (AdapterRef("local", str(make_adapter(name, seed=n))) for n, name in enumerate("ab"))
@@ -208,7 +166,7 @@ def test_a54_pages_are_given_to_the_next_only_when_they_are_free(
 
 
 def test_a55_the_least_recently_used_leaves_not_the_first_activated(
-    make_server: Callable[..., Server], make_adapter: Callable[..., Path]
+    make_server: Callable[..., AdapterServer], make_adapter: Callable[..., Path]
 ) -> None:
     server = make_server(num_pages=2)
     a, b, c = (AdapterRef("local", str(make_adapter(name))) for name in "abc")
@@ -222,7 +180,7 @@ def test_a55_the_least_recently_used_leaves_not_the_first_activated(
 
 
 def test_a59_an_adapter_evicted_from_the_device_comes_back_from_host_memory(
-    hub: HubServer, make_server: Callable[..., Server], files: dict[str, bytes]
+    hub: HubServer, make_server: Callable[..., AdapterServer], files: dict[str, bytes]
 ) -> None:
     for name in "ab":
         hub.commit(f"org/{name}", files)
@@ -239,7 +197,7 @@ def test_a59_an_adapter_evicted_from_the_device_comes_back_from_host_memory(
 
 
 def test_a59_a_restarted_server_finds_its_adapters_on_disk(
-    hub: HubServer, make_server: Callable[..., Server], files: dict[str, bytes]
+    hub: HubServer, make_server: Callable[..., AdapterServer], files: dict[str, bytes]
 ) -> None:
     hub.commit("org/a", files)
     make_server().get(hub_ref("a"))
@@ -252,7 +210,7 @@ def test_a59_a_restarted_server_finds_its_adapters_on_disk(
 
 
 def test_a60_a_cached_private_adapter_looks_like_a_missing_one(
-    hub: HubServer, make_server: Callable[..., Server], files: dict[str, bytes]
+    hub: HubServer, make_server: Callable[..., AdapterServer], files: dict[str, bytes]
 ) -> None:
     server = make_server()
     missing = {token: server.error(hub_ref("private"), token).to_dict() for token in (None, "hf_thief")}
@@ -267,7 +225,7 @@ def test_a60_a_cached_private_adapter_looks_like_a_missing_one(
 
 
 def test_a61_pinned_adapters_and_dynamic_loading_live_together(
-    hub: HubServer, make_server: Callable[..., Server], files: dict[str, bytes]
+    hub: HubServer, make_server: Callable[..., AdapterServer], files: dict[str, bytes]
 ) -> None:
     for name in "abc":
         hub.commit(f"org/{name}", files)
@@ -284,7 +242,7 @@ def test_a61_pinned_adapters_and_dynamic_loading_live_together(
 
 
 def test_200_clients_of_one_cold_private_adapter_are_one_download(
-    hub: HubServer, make_server: Callable[..., Server], files: dict[str, bytes]
+    hub: HubServer, make_server: Callable[..., AdapterServer], files: dict[str, bytes]
 ) -> None:
     hub.commit("org/private", files, token="hf_owner")
     server = make_server()
@@ -300,7 +258,7 @@ def test_200_clients_of_one_cold_private_adapter_are_one_download(
 
 def test_an_adapter_with_nan_ends_only_its_own_requests(
     hub: HubServer,
-    make_server: Callable[..., Server],
+    make_server: Callable[..., AdapterServer],
     files: dict[str, bytes],
     make_adapter: Callable[..., Path],
     tiny: Base,
@@ -345,7 +303,7 @@ class Gateway(ThreadingHTTPServer):
 
 
 def test_a05_a_gateway_says_where_an_adapter_lies_and_who_may_have_it(
-    make_server: Callable[..., Server], files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    make_server: Callable[..., AdapterServer], files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from s3_server import S3Server
 

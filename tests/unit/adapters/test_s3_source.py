@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,26 +27,6 @@ from lorax_backend.types import AdapterRef
 
 REF = AdapterRef("s3", "s3://loras/team/shout")
 WEIGHTS = "adapter_model.safetensors"
-ENDPOINTS = ("S3_ENDPOINT_URL", "R2_ACCOUNT_ID", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
-@pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """An empty S3 that the source finds by S3_ENDPOINT_URL."""
-    for name in (*ENDPOINTS, "PREDIBASE_MODEL_BUCKET", "PREDIBASE_MODEL_FOLDER", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("S3_ENDPOINT_URL", s3_server.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3_server.reset()
-    return s3_server
 
 
 @pytest.fixture
@@ -160,7 +140,10 @@ def test_a_changed_object_is_another_revision(
     assert first.folder.is_dir()
     pinned = AdapterRef("s3", REF.id, second.revision)
     assert source.fetch(pinned, None) == second
-    assert "revision" in failure(source, AdapterNotFoundError, AdapterRef("s3", REF.id, first.revision))
+    former = source.fetch(AdapterRef("s3", REF.id, first.revision), None)
+    assert (former, former.cached) == (first, True), "requests that began with it can end with it"
+    for unknown in ("0" * 40, "main", f"../snapshots/{first.revision}"):
+        assert "revision" in failure(source, AdapterNotFoundError, AdapterRef("s3", REF.id, unknown))
 
 
 def test_a_missing_bucket_key_or_right_reads_the_same(
