@@ -6,6 +6,7 @@ elsewhere. Layout of the adapter pages: `layout`. What a step's kernels are told
 
 from lorax_kernels.dispatch import (
     add_lora,
+    begin_lora_linear,
     lora_linear,
     paged_attention,
     rms_norm,
@@ -28,6 +29,7 @@ __all__ = [
     "PageLayout",
     "WorkBuffer",
     "add_lora",
+    "begin_lora_linear",
     "lora_linear",
     "paged_attention",
     "pages_for_rank",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from lorax_kernels import attention_reference, fused_reference, reference
 from lorax_kernels.metadata import AttentionBatch, LoraBatch
+
+if TYPE_CHECKING:
+    from lorax_kernels.expand_nodes import Delta
 
 
 def _uses_triton(tensor: torch.Tensor) -> bool:
@@ -67,6 +72,26 @@ def lora_linear(
     return out
 
 
+def begin_lora_linear(
+    x: torch.Tensor,
+    layer: tuple[torch.Tensor, torch.Tensor | None],
+    weights: tuple[torch.Tensor, torch.Tensor],
+    batch: LoraBatch,
+    out_slices: tuple[int, ...],
+) -> tuple[torch.Tensor, Delta | None]:
+    """`lora_linear` for a caller that gives the result to `rms_norm`, `silu_mul` or `rope_and_cache` and to nothing
+    else: these may add the deltas on the way.
+
+    Returns:
+        [T, out], and the deltas that it lacks, to be given along with it; None if it lacks none.
+    """
+    if _uses_triton(x):
+        from lorax_kernels import expand_nodes
+
+        return expand_nodes.begin_linear(x, layer, weights, batch, out_slices)
+    return lora_linear(x, layer, weights, batch, out_slices), None
+
+
 def write_kv(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
@@ -99,21 +124,31 @@ def paged_attention(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    delta: Delta | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMS norm of x [T, width], or of x + residual; see `fused_reference.rms_norm`."""
+    """RMS norm of x [T, width], or of x + residual; see `fused_reference.rms_norm`. `delta` is what
+    `begin_lora_linear` gave along with the residual."""
     if _uses_triton(x):
-        from lorax_kernels import fused_triton
+        from lorax_kernels import expand_nodes, fused_triton
 
+        if delta is not None and residual is not None:
+            return expand_nodes.rms_norm_expand(residual, (weight, eps), x, delta)
         return fused_triton.rms_norm(x, weight, eps, residual)
     return fused_reference.rms_norm(x, weight, eps, residual)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for `gate_up` [T, 2 * width] with gate in the left half -> [T, width]."""
+def silu_mul(gate_up: torch.Tensor, delta: Delta | None = None) -> torch.Tensor:
+    """silu(gate) * up for `gate_up` [T, 2 * width] with gate in the left half -> [T, width]. `delta` is what
+    `begin_lora_linear` gave along with it."""
     if _uses_triton(gate_up):
-        from lorax_kernels import fused_triton
+        from lorax_kernels import expand_nodes, fused_triton
 
+        if delta is not None:
+            return expand_nodes.silu_mul_expand(gate_up, delta)
         return fused_triton.silu_mul(gate_up)
     return fused_reference.silu_mul(gate_up)
 
@@ -126,10 +161,16 @@ def rope_and_cache(
     slot_mapping: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
+    delta: Delta | None = None,
 ) -> torch.Tensor:
-    """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`."""
+    """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`. `delta` is what
+    `begin_lora_linear` gave along with qkv, which stays without it."""
     if _uses_triton(qkv):
-        from lorax_kernels import fused_triton
+        from lorax_kernels import expand_nodes, fused_triton
 
+        if delta is not None:
+            return expand_nodes.rope_and_cache_expand(
+                qkv, heads, rope, cache, slot_mapping, delta, (norms, eps)
+            )
         return fused_triton.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)
     return fused_reference.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)

@@ -83,34 +83,30 @@ def _normed(first, second, weight_ptr, d, half_seen, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _rope_cache_kernel(
-    qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
-    stride_qkv, stride_table, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    QK_NORM: tl.constexpr, PDL: tl.constexpr,
+def rope_tables(
+    positions_ptr, cos_ptr, sin_ptr, slots_ptr, row, d, stride_table, D: tl.constexpr
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    d = tl.arange(0, BLOCK_D)  # over half a head
+    """A row's cosines and sines for the halves of a head, and its slot in the cache."""
+    half_seen = d < D // 2
+    table = tl.load(positions_ptr + row).to(tl.int64) * stride_table + d
+    slot = tl.load(slots_ptr + row)
+    cos = tl.load(cos_ptr + table, mask=half_seen, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + table + D // 2, mask=half_seen, other=0.0).to(tl.float32)[None, :]
+    return cos, sin, slot
+
+
+@triton.jit
+def rope_and_store(
+    plain_first, plain_second, row, head, d, cos, sin, slot, q_norm_ptr, k_norm_ptr, q_out_ptr, k_cache_ptr,
+    v_cache_ptr, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, QK_NORM: tl.constexpr,
+):  # fmt: skip
+    """Turn both halves of some heads of q, k and v; store queries, and keys and values in the cache."""
     half_seen = d < D // 2
     seen = (head < HEADS + 2 * KV_HEADS)[:, None] & half_seen[None, :]
-    position = tl.load(positions_ptr + row).to(tl.int64)
-    slot = tl.load(slots_ptr + row)
-    cos = tl.load(cos_ptr + position * stride_table + d, mask=half_seen, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + position * stride_table + D // 2 + d, mask=half_seen, other=0.0).to(tl.float32)[
-        None, :
-    ]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    source = qkv_ptr + row * stride_qkv + head[:, None] * D + d[None, :]
-    first = tl.load(source, mask=seen, other=0.0)
-    second = tl.load(source + D // 2, mask=seen, other=0.0)
+    first, second = plain_first, plain_second
     is_q = (head < HEADS)[:, None]
     is_k = ((head >= HEADS) & (head < HEADS + KV_HEADS))[:, None]
     is_v = (head >= HEADS + KV_HEADS)[:, None]
-    plain_first, plain_second = first, second
     if QK_NORM:
         q_first, q_second = _normed(plain_first, plain_second, q_norm_ptr, d, half_seen, eps, D)
         k_first, k_second = _normed(plain_first, plain_second, k_norm_ptr, d, half_seen, eps, D)
@@ -129,6 +125,31 @@ def _rope_cache_kernel(
     v_out = v_cache_ptr + (slot * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * D + d[None, :]
     tl.store(v_out, plain_first, mask=stored & is_v)
     tl.store(v_out + D // 2, plain_second, mask=stored & is_v)
+
+
+@triton.jit
+def _rope_cache_kernel(
+    qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
+    stride_qkv, stride_table, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    QK_NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)  # over half a head
+    seen = (head < HEADS + 2 * KV_HEADS)[:, None] & (d < D // 2)[None, :]
+    cos, sin, slot = rope_tables(positions_ptr, cos_ptr, sin_ptr, slots_ptr, row, d, stride_table, D)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    source = qkv_ptr + row * stride_qkv + head[:, None] * D + d[None, :]
+    first = tl.load(source, mask=seen, other=0.0)
+    second = tl.load(source + D // 2, mask=seen, other=0.0)
+    rope_and_store(
+        first, second, row, head, d, cos, sin, slot, q_norm_ptr, k_norm_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, eps,
+        HEADS, KV_HEADS, D, QK_NORM,
+    )  # fmt: skip
 
 
 def rms_norm(

@@ -2,12 +2,14 @@
 
 Sections, in this order (capacities in `WorkCapacity`):
 
-    header [8]               row blocks, units, rows, log2 of units rounded up, row blocks of one row, their units, 0, 0
+    header [8]               row blocks, units, rows, log2 of units rounded up, row blocks of one row, their units,
+                             bare blocks, 0
     blocks [blocks, 8]       first position in `rows`, rows, first position in `pages`, pages, first token row,
-                             first page, second page (or the first again), 0
+                             first page, second page (or the first again), 0; after the row blocks, in decode, bare
+                             blocks: rows without an adapter, with no pages
     units  [units, 8]        first page, first position in `rows`, rows, ordinal of the first page, first token row,
                              first position in `pages`, pages of the adapter, 0
-    rows   [rows]            token rows grouped by adapter
+    rows   [rows]            token rows grouped by adapter; then, in decode, those without one
     pages  [pages]           page numbers, adapter by adapter
     tokens [tokens, 4]       of every token row, in decode: its position in `rows` or -1, first position in `pages`,
                              pages (0 if it has no adapter), 0
@@ -94,7 +96,7 @@ class LoraWork:
     """A work list on the device and the static facts that kernels are launched by.
 
     `max_pages` bounds the pages of any adapter in the list; with `fixed`, the list lives in a `WorkBuffer` and only
-    capacities may be used for grids. Otherwise `num_blocks` and `num_units` are this batch's own.
+    capacities may be used for grids. Otherwise `num_blocks`, `num_bare` and `num_units` are this batch's own.
     """
 
     data: torch.Tensor
@@ -103,6 +105,7 @@ class LoraWork:
     num_tokens: int
     max_pages: int
     num_blocks: int
+    num_bare: int
     num_units: int
     fixed: bool
 
@@ -180,11 +183,13 @@ def build_work(
     units[:, 4] = blocks[unit_block, 4]
     units[:, 5:7] = blocks[unit_block, 2:4]
     units[:, 0] = pages[units[:, 5] + units[:, 3]]
+    bare_rows, bare = _bare_blocks(num_tokens, rows, shape)
     if buffer is not None:
         capacity, host, data = buffer.capacity, buffer.host(), buffer.data
     else:
         tokens = num_tokens if shape.decode else 0
-        capacity = WorkCapacity(rows.size, blocks.shape[0], units.shape[0], pages.size, tokens)
+        listed = rows.size + bare_rows.size
+        capacity = WorkCapacity(listed, blocks.shape[0] + bare.shape[0], units.shape[0], pages.size, tokens)
         host = torch.empty(capacity.size, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
         data = torch.empty_like(host, device=device)
     by_token = np.zeros((capacity.tokens, TOKEN_RECORD), dtype=np.int32)
@@ -195,13 +200,15 @@ def build_work(
         by_token[rows, 2] = np.repeat(num_pages, counts)
     flat = host.numpy()
     flat[:HEADER] = 0
-    flat[:6] = (
+    flat[:7] = (
         blocks.shape[0], units.shape[0], rows.size, max(0, units.shape[0] - 1).bit_length(), num_single,
-        int(block_units[:num_single].sum()),
+        int(block_units[:num_single].sum()), bare.shape[0],
     )  # fmt: skip
     for at, part in (
         (capacity.rows_at, rows),
+        (capacity.rows_at + rows.size, bare_rows),
         (capacity.blocks_at, blocks),
+        (capacity.blocks_at + blocks.size, bare),
         (capacity.units_at, units),
         (capacity.pages_at, pages),
         (capacity.tokens_at, by_token),
@@ -215,6 +222,22 @@ def build_work(
         num_tokens=num_tokens,
         max_pages=buffer.max_pages if buffer else int(num_pages.max(initial=0)),
         num_blocks=blocks.shape[0],
+        num_bare=bare.shape[0],
         num_units=units.shape[0],
         fixed=buffer is not None,
     )
+
+
+def _bare_blocks(num_tokens: int, rows: IntArray, shape: WorkShape) -> tuple[IntArray, IntArray]:
+    """Rows that are not among `rows`, and records of their blocks; none in prefill, whose kernels do not look."""
+    if not shape.decode or rows.size == num_tokens:
+        return np.zeros(0, dtype=np.int32), np.zeros((0, RECORD), dtype=np.int32)
+    without = np.ones(num_tokens, dtype=bool)
+    without[rows] = False
+    bare_rows = np.flatnonzero(without).astype(np.int32)
+    begins = np.arange(0, bare_rows.size, shape.block_rows)
+    records = np.zeros((begins.size, RECORD), dtype=np.int32)
+    records[:, 0] = rows.size + begins
+    records[:, 1] = np.minimum(shape.block_rows, bare_rows.size - begins)
+    records[:, 4] = bare_rows[begins]
+    return bare_rows, records

@@ -7,6 +7,7 @@ graph and run for any mix of decoding and prefill, with and without adapters.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,15 @@ from lorax_kernels import (
     LoraBatch,
     PageLayout,
     add_lora,
+    begin_lora_linear,
     lora_linear,
     rms_norm,
     rope_and_cache,
     silu_mul,
 )
+
+if TYPE_CHECKING:
+    from lorax_kernels.expand_nodes import Delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,14 @@ class LoraSiteView:
         out = linear(x)
         add_lora(x, *self.weights, batch, out, self.out_slices)
         return out
+
+    def begin(
+        self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None
+    ) -> tuple[torch.Tensor, Delta | None]:
+        """`project`, which may leave the deltas to the kernel that reads the result."""
+        if batch is None or linear.weight is None:
+            return self.project(linear, x, batch), None
+        return begin_lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices)
 
 
 class Decoder:
@@ -106,17 +119,21 @@ class Decoder:
         """
         eps = self.config.rms_norm_eps
         x = F.embedding(input_ids, self.weights.embedding)
-        delta: torch.Tensor | None = None  # what the last block adds to x; the next norm adds it on the way
+        # What the last block adds to x, and the adapters' deltas of that: the next norm adds both on the way.
+        block: torch.Tensor | None = None
+        delta: Delta | None = None
+        last = len(self.weights.layers) - 1
         for index, layer in enumerate(self.weights.layers):
             sites = self._sites[index]
-            normed, x = rms_norm(x, layer.input_norm, eps, delta)
-            qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
-            attended = self._attend(index, qkv, positions, attention, cache)
-            delta = sites["o"].project(layer.o, attended, lora.o)
-            normed, x = rms_norm(x, layer.post_norm, eps, delta)
-            gate_up = sites["gate_up"].project(layer.gate_up, normed, lora.gate_up)
-            delta = sites["down"].project(layer.down, silu_mul(gate_up), lora.down)
-        return x if delta is None else x + delta
+            normed, x = rms_norm(x, layer.input_norm, eps, block, delta)
+            attended = self._attend(index, normed, positions, attention, lora.qkv, cache)
+            block, delta = sites["o"].begin(layer.o, attended, lora.o)
+            normed, x = rms_norm(x, layer.post_norm, eps, block, delta)
+            active = silu_mul(*sites["gate_up"].begin(layer.gate_up, normed, lora.gate_up))
+            if index == last:
+                return x + sites["down"].project(layer.down, active, lora.down)
+            block, delta = sites["down"].begin(layer.down, active, lora.down)
+        return x
 
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
         """Last norm and language model head: hidden [R, hidden] of the rows that sample -> [R, vocab]."""
@@ -126,13 +143,19 @@ class Decoder:
     def _attend(
         self,
         index: int,
-        qkv: torch.Tensor,
+        x: torch.Tensor,
         positions: torch.Tensor,
         attention: AttentionBatch,
+        lora: LoraBatch | None,
         cache: KvCache,
     ) -> torch.Tensor:
-        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q]. Stores the step's keys and values."""
-        config, layer = self.config, self.weights.layers[index]
+        """Attention of layer `index`: its input [T, hidden] -> [T, q]. Stores the step's keys and values."""
+        config, layer, site = self.config, self.weights.layers[index], self._sites[index]["qkv"]
+        delta: Delta | None = None
+        if attention.num_decodes == attention.num_sequences:
+            qkv, delta = site.begin(layer.qkv, x, lora)
+        else:  # attention of fresh prompts reads values from qkv too, and not only what is stored
+            qkv = site.project(layer.qkv, x, lora)
         layer_cache = cache.keys[index], cache.values[index]
         queries = rope_and_cache(
             qkv,
@@ -142,6 +165,7 @@ class Decoder:
             attention.slot_mapping,
             layer.qk_norms,
             config.rms_norm_eps,
+            delta,
         )
         values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]
         window = config.layer_windows[index]
