@@ -43,6 +43,8 @@ def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     norm_row(
         x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, tl.program_id(0).to(tl.int64), stride_x, stride_residual,
         eps, WIDTH, BLOCK, HAS_RESIDUAL, PDL,
@@ -59,6 +61,7 @@ def silu_mul_block(gate, up):
 @triton.jit
 def _silu_mul_kernel(x_ptr, y_ptr, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
