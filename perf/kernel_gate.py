@@ -28,7 +28,13 @@ from environment import kernel_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # All of the device's kernels, however many files their tests are in.
-TESTS = ("test_gpu_lora*.py", "test_gpu_rid*.py", "test_gpu_*attention*.py", "test_gpu_fused*.py")
+TESTS = (
+    "test_gpu_lora*.py",
+    "test_gpu_expand*.py",
+    "test_gpu_*attention*.py",
+    "test_gpu_fused*.py",
+    "test_gpu_skinny*.py",
+)
 SOURCES = ("kernels/lorax_kernels", "tests/kernels", "tests/gpu")
 STAMP = ROOT / "perf" / "results" / "local" / "kernel_tests.json"
 MOST_PROCESSES = 14  # each has a context of half a GiB on the device
