@@ -1,0 +1,119 @@
+"""Base layers of decode steps with few rows, y = x @ weight.T, bound by reading the weight once.
+
+Three forms by the number of rows: a matrix-vector product for one row, and tensor cores with the rows padded to 16 or
+32. Each row's result depends on that row alone and on the form, which decides the order of its sum. Sums are in
+float32, rounded once, and without atomics: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from lorax_kernels.sizes import cdiv
+from lorax_kernels.skinny_gemm_kernels import skinny_row_kernel, skinny_rows_kernel, sum_planes_kernel
+from lorax_kernels.tuning import GemmConfig, gemm_config, launch_options
+
+MAX_ROWS = 32
+_SUM_BLOCK = 512
+_INTERPRETER_SMS = 4
+_LEAST_N = 16  # columns of a program; fewer would read x more often than the weight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`lorax_kernels.linear` on a device: as the table for its number of rows says."""
+    if x.dim() == 2 and 1 <= x.shape[0] <= MAX_ROWS:
+        config = gemm_config(x.shape[0], x.device.index)
+        if config.kernel == "triton" and _fits(x, weight):
+            return skinny_linear(x, weight, bias, config)
+    return F.linear(x, weight, bias)
+
+
+def skinny_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, config: GemmConfig | None = None
+) -> torch.Tensor:
+    """x @ weight.T + bias for few rows, whatever `config.kernel` says.
+
+    Args:
+        x: [T, in], T from 1 to `MAX_ROWS`, rows contiguous; bfloat16, float16 or float32.
+        weight: [out, in], contiguous, in a multiple of 16, of the same type.
+        bias: [out] or None.
+        config: the table's entry if None.
+
+    Returns:
+        [T, out], of x's type.
+
+    Raises:
+        ValueError: the tensors are not as above.
+    """
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not _fits(x, weight):
+        raise ValueError(
+            f"skinny_linear: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype}"
+        )
+    (tokens, width), columns = x.shape, weight.shape[0]
+    config = (config or gemm_config(tokens, x.device.index)).for_itemsize(x.element_size())
+    out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
+    options = launch_options(config.pdl)
+    common = {"OUT": columns, "K": width, "HAS_BIAS": bias is not None, "PDL": config.pdl}
+    given_bias = bias if bias is not None else x
+    if tokens == 1:
+        skinny_row_kernel[(cdiv(columns, config.block_n),)](
+            x, weight, given_bias, out, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            STAGES=min(2, config.stages), num_warps=config.warps, num_stages=1, **common, **options,
+        )  # fmt: skip
+        return out
+    block_n, splits = share(width, columns, config, _num_sms(x.device.index))
+    planes = out
+    if splits > 1:
+        planes = torch.empty(splits, tokens, columns, dtype=torch.float32, device=x.device)
+    skinny_rows_kernel[(cdiv(columns, block_n) * splits,)](
+        x, weight, given_bias, planes, tokens, x.stride(0), BLOCK_M=16 if tokens <= 16 else 32, BLOCK_N=block_n,
+        BLOCK_K=config.block_k, SPLITS=splits, STAGES=config.stages, AHEAD=config.ahead,
+        PIECES=max(1, min(config.warps * 32 // block_n, config.block_k // 8)), num_warps=config.warps, num_stages=1,
+        **(common if splits == 1 else common | {"HAS_BIAS": False}), **options,
+    )  # fmt: skip
+    if splits > 1:
+        sum_planes_kernel[(tokens, cdiv(columns, _SUM_BLOCK))](
+            planes, given_bias, out, tokens, OUT=columns, SPLITS=splits, BLOCK=_SUM_BLOCK,
+            HAS_BIAS=bias is not None, PDL=config.pdl, num_warps=2, num_stages=1, **options,
+        )  # fmt: skip
+    return out
+
+
+def share(width: int, columns: int, config: GemmConfig, sms: int) -> tuple[int, int]:
+    """Columns of a program and splits of K for a weight [columns, width]: nearly every multiprocessor gets a program,
+    by splits as far as `config.split_k` lets, else by fewer columns."""
+    block_n, splits = config.block_n, 1
+    enough = sms * 7 // 8
+    while cdiv(columns, block_n) * splits < enough:
+        if splits < config.split_k and width >= splits * 4 * config.block_k:
+            splits *= 2
+        elif block_n > _LEAST_N:
+            block_n //= 2
+        else:
+            break
+    return block_n, splits
+
+
+@functools.cache
+def _num_sms(index: int | None) -> int:
+    if index is None:
+        return _INTERPRETER_SMS
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        x.shape[1] == weight.shape[1]
+        and weight.shape[1] % 16 == 0
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+        and weight.data_ptr() % 16 == 0
+        and x.dtype == weight.dtype
+        and x.dtype in _TYPES
+    )
+
+
+_TYPES = (torch.bfloat16, torch.float16, torch.float32)

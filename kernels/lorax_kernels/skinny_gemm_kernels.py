@@ -1,0 +1,152 @@
+"""Products of a few rows with a large weight as Triton kernels; `skinny_gemm` launches them.
+
+Reading the weight is all that such a product costs. With PDL a program asks for the begin of its share of the weight,
+which no kernel writes, while the launch before it still runs, and waits for that launch only before it reads x: the
+device then reads from memory through the gaps between launches. The launch after it may begin at once for the same
+reason; it waits in its turn.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _ask_l2(
+    ptr, n, k_begin, OUT: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """Have L2 read `COLUMNS` columns of BLOCK_N rows, in `PIECES` requests a row. Nothing is asked for at the edge of
+    the weight: a request must stay inside."""
+    EACH: tl.constexpr = COLUMNS // PIECES
+    SIZE: tl.constexpr = EACH * (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    if k_begin + COLUMNS <= K:
+        piece = tl.arange(0, BLOCK_N * PIECES)
+        row = tl.minimum(n + piece // PIECES, OUT - 1).to(tl.int64)
+        where = ptr + row * K + k_begin + piece % PIECES * EACH
+        tl.inline_asm_elementwise(
+            "{ .reg .u64 g; cvta.to.global.u64 g, $1; cp.async.bulk.prefetch.L2.global [g], $2; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [where, SIZE],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _weight_tile(
+    w_rows, k_begin, step, K: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr
+):
+    """BLOCK_N rows and BLOCK_K columns; zeros after the last step."""
+    k = k_begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
+    seen = step < STEPS if EVEN else (step < STEPS) & (k < K)[None, :]
+    return tl.load(w_rows[:, None] + k[None, :], mask=seen, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def skinny_row_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr,
+    OUT: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row times the weight: a program has BLOCK_N columns of the result, and `STAGES` (1 or 2) tiles of the
+    weight in registers on their way while it uses another."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    EVEN: tl.constexpr = K % BLOCK_K == 0
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows after the last are read as the last again: cheaper than a mask.
+    w_rows = w_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * K
+    near = _weight_tile(w_rows, 0, 0, K, STEPS, BLOCK_K, EVEN)
+    far = near
+    if STAGES > 1:
+        far = _weight_tile(w_rows, 0, 1, K, STEPS, BLOCK_K, EVEN)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros((BLOCK_N, BLOCK_K // 8), dtype=tl.float32)
+    for step in range(STEPS):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        after = near
+        if STEPS > STAGES:
+            after = _weight_tile(w_rows, 0, step + STAGES, K, STEPS, BLOCK_K, EVEN)
+        # Eight elements that lie together are one thread's: summing them first needs no other thread.
+        product = tl.reshape(near.to(tl.float32) * x[None, :], (BLOCK_N, BLOCK_K // 8, 8))
+        acc += tl.sum(product, axis=2)
+        if STAGES > 1:
+            near = far
+            far = after
+        else:
+            near = after
+    total = tl.sum(acc, axis=1)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, total.to(out_ptr.dtype.element_ty), mask=n < OUT)
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def skinny_rows_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, tokens, stride_x,
+    OUT: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Up to BLOCK_M rows times the weight: a program has BLOCK_N columns of the result and one of `SPLITS` parts of K.
+    `AHEAD` blocks of K are asked of L2 before the wait. With splits `out_ptr` are planes [SPLITS, tokens, OUT]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    STEPS: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
+    EVEN: tl.constexpr = K % (SPLITS * BLOCK_K) == 0
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    k_begin = split * STEPS * BLOCK_K
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PDL:
+        if AHEAD > 0:
+            COLUMNS: tl.constexpr = (AHEAD if AHEAD < STEPS else STEPS) * BLOCK_K
+            _ask_l2(w_ptr, tile * BLOCK_N, k_begin, OUT, K, BLOCK_N, COLUMNS, PIECES)
+        tl.extra.cuda.gdc_wait()
+    m = tl.arange(0, BLOCK_M)
+    x_rows = x_ptr + m.to(tl.int64) * stride_x
+    w_rows = w_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        k = k_begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_where = x_rows[:, None] + k[None, :]
+        w_where = w_rows[None, :] + k[:, None]
+        if EVEN:
+            x = tl.load(x_where, mask=(m < tokens)[:, None], other=0.0, eviction_policy="evict_last")
+            w = tl.load(w_where, eviction_policy="evict_first")
+        else:
+            x_seen = (m < tokens)[:, None] & (k < K)[None, :]
+            x = tl.load(x_where, mask=x_seen, other=0.0, eviction_policy="evict_last")
+            w = tl.load(w_where, mask=(k < K)[:, None], other=0.0, eviction_policy="evict_first")
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+    where = out_ptr + (split * tokens + m).to(tl.int64)[:, None] * OUT + n[None, :]
+    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=(m < tokens)[:, None] & (n < OUT)[None, :])
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def sum_planes_kernel(
+    planes_ptr, bias_ptr, out_ptr, tokens,
+    OUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [tokens, OUT] from planes [SPLITS, tokens, OUT], summed in their order."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seen = n < OUT
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        where = planes_ptr + (split * tokens + row).to(tl.int64) * OUT + n
+        total += tl.load(where, mask=seen, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * OUT + n, total.to(out_ptr.dtype.element_ty), mask=seen)
