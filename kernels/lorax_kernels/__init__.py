@@ -7,6 +7,7 @@ elsewhere. Layout of the adapter pages: `layout`. What a step's kernels are told
 from lorax_kernels.dispatch import (
     add_lora,
     begin_lora_linear,
+    linear,
     lora_linear,
     paged_attention,
     rms_norm,
@@ -30,6 +31,7 @@ __all__ = [
     "WorkBuffer",
     "add_lora",
     "begin_lora_linear",
+    "linear",
     "lora_linear",
     "paged_attention",
     "pages_for_rank",

@@ -18,6 +18,16 @@ def _uses_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, in] times `weight` [out, in], plus `bias` [out] if there is one -> [T, out]. Few rows on a device may be
+    computed by a kernel of this package (`skinny_gemm`)."""
+    if _uses_triton(x):
+        from lorax_kernels import skinny_gemm
+
+        return skinny_gemm.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def add_lora(
     x: torch.Tensor,
     a: torch.Tensor,
@@ -51,7 +61,7 @@ def lora_linear(
     batch: LoraBatch,
     out_slices: tuple[int, ...],
 ) -> torch.Tensor:
-    """A base layer with the adapters' deltas: the sum of `F.linear(x, *layer)` and what `add_lora` adds.
+    """A base layer with the adapters' deltas: the sum of `linear(x, *layer)` and what `add_lora` adds.
 
     Args:
         x: [T, in].

@@ -16,13 +16,13 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from lorax_kernels.expand_kernels import bgmv_expand_kernel, sgmv_expand_kernel
 from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import next_power_of_2
+from lorax_kernels.skinny_gemm import linear as base_linear
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
 
@@ -187,17 +187,17 @@ def linear_and_shrink(
     """The base layer's output [T, out] without the deltas, and what expand needs to add them. Where the configuration
     says so, shrink runs beside the product on a stream of its own: both wait for x only."""
     if config.overlap == "none" or not (work.fixed or work.num_tokens >= _OVERLAP_MIN_TOKENS):
-        return F.linear(x, *layer), shrink(x, a, work, config)
+        return base_linear(x, *layer), shrink(x, a, work, config)
     planes = allocate_planes(a, work, config)
     here, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     side.wait_stream(here)
     # The order of the launches decides which of the two gets the multiprocessors first.
     if config.overlap == "product_first":
-        out = F.linear(x, *layer)
+        out = base_linear(x, *layer)
     with torch.cuda.stream(side):
         h = shrink(x, a, work, config, planes)
     if config.overlap == "shrink_first":
-        out = F.linear(x, *layer)
+        out = base_linear(x, *layer)
     here.wait_stream(side)
     return out, h
 

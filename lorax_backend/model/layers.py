@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorax_backend.model.config import RopeConfig
+from lorax_kernels import linear
 
 
 class Linear:
@@ -38,6 +39,8 @@ class Linear:
         if self._packed is not None:
             return _packed_linear(x, self._packed, self.bias)
         assert self.weight is not None
+        if x.is_cuda:
+            return linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
