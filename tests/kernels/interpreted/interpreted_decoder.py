@@ -94,3 +94,12 @@ def test_a_decode_step_gives_the_logits_of_the_torch_path_in_17_launches_a_layer
 def nodes_per_layer(launches: Counter[str]) -> float:
     """Without the last norm and the head."""
     return (sum(launches.values()) - 2) / LAYERS
+
+
+def test_nodes_that_add_the_deltas_leave_13_launches_a_layer_and_give_the_same_logits(
+    decode: Callable[[dict[str, object] | None], tuple[torch.Tensor, Counter[str]]],
+) -> None:
+    want, _ = decode(None)
+    fused, after = decode({"expand": "fused", "fuse_block_n": 32})
+    torch.testing.assert_close(fused, want, atol=1e-4, rtol=1e-4)
+    assert nodes_per_layer(after) == 13 + 1 / LAYERS  # no norm comes after the last layer
