@@ -137,9 +137,9 @@ class ServerConfig:
     )
     cuda_graphs: bool = _option(True, "capture decode steps as CUDA graphs")
     prefill_graph_tokens: int = _option(
-        0,
+        -1,
         "capture steps with prompt tokens too, up to this many tokens a step (at most 512), to start short answers "
-        "sooner; 0: off, which is the default until it has been measured",
+        "sooner; 0: off; -1: 512 on CUDA with cuda_graphs, else off",
     )
     overlap: bool = _option(True, "launch a step before the tokens of the one before are read (CUDA)")
     hub_cache: str = _option("", "folder of the hub's files; empty: Hugging Face's default")

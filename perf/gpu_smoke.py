@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument(
         "--prefill-graph-tokens",
         type=int,
-        default=0,
+        default=-1,
         help="the server's option; times first tokens with and without",
     )
     parser.add_argument("--profile", action="store_true")

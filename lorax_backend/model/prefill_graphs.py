@@ -34,6 +34,11 @@ _MIB = 1 << 20
 _MAX_DECODE_CONTEXT = 8192
 
 
+def most_prefill_tokens(option: int, on_cuda: bool, graphs: bool) -> int:
+    """What the option `prefill_graph_tokens` means, where -1 leaves it to us."""
+    return option if option != -1 else GRAPH_MAX_TOKENS * (on_cuda and graphs)
+
+
 def prefill_graph_sizes(largest: int) -> tuple[int, ...]:
     """Padded numbers of token rows up to `largest`, which is one of them; none for 0.
 
@@ -41,7 +46,9 @@ def prefill_graph_sizes(largest: int) -> tuple[int, ...]:
         ValueError: naming the option `prefill_graph_tokens`, if `largest` is out of range.
     """
     if not 0 <= largest <= GRAPH_MAX_TOKENS:
-        raise ValueError(f"prefill_graph_tokens is {largest}; it must be 0 (off) to {GRAPH_MAX_TOKENS}")
+        raise ValueError(
+            f"prefill_graph_tokens is {largest}; it must be 0 (off) to {GRAPH_MAX_TOKENS}, or -1 for the default"
+        )
     return (*(size for size in _SIZES if size < largest), largest) if largest else ()
 
 

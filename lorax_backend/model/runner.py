@@ -24,7 +24,12 @@ from lorax_backend.model.limits import (
     resolve_limits,
 )
 from lorax_backend.model.lora import page_layout
-from lorax_backend.model.prefill_graphs import PrefillGraphs, prefill_graph_bytes, prefill_graph_sizes
+from lorax_backend.model.prefill_graphs import (
+    PrefillGraphs,
+    most_prefill_tokens,
+    prefill_graph_bytes,
+    prefill_graph_sizes,
+)
 from lorax_backend.model.prompt_scores import PromptScorer
 from lorax_backend.model.recorder import CudaGraphRecorder, GraphRecorder
 from lorax_backend.model.sampler import sample
@@ -78,7 +83,9 @@ class TorchModelRunner:
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
         check_backends(config, self.device)
         on_cuda = self.device.type == "cuda"
-        self._prefill_sizes = prefill_graph_sizes(config.prefill_graph_tokens)
+        self._prefill_sizes = prefill_graph_sizes(
+            most_prefill_tokens(config.prefill_graph_tokens, on_cuda, config.cuda_graphs)
+        )
         self._recorder = recorder or (
             CudaGraphRecorder(self.device) if on_cuda and config.cuda_graphs else None
         )
@@ -336,7 +343,7 @@ class TorchModelRunner:
         free, total = torch.cuda.mem_get_info(self.device)
         graphs = prefill_graph_bytes(
             self.model_config,
-            self._config.prefill_graph_tokens,
+            max(self._prefill_sizes, default=0),
             self.dtype.itemsize,
             self.arena.max_pages_per_slot,
         )

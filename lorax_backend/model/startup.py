@@ -43,7 +43,7 @@ def check_backends(config: ServerConfig, device: torch.device) -> None:
     Raises:
         ValueError: naming the option and what to set it to.
     """
-    if config.prefill_graph_tokens and not config.cuda_graphs:
+    if config.prefill_graph_tokens > 0 and not config.cuda_graphs:
         raise ValueError(
             f"prefill_graph_tokens is {config.prefill_graph_tokens}, but cuda_graphs is off; turn that on, or set "
             "prefill_graph_tokens to 0"

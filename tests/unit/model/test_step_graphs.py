@@ -15,7 +15,7 @@ from model_driver import ModelDriver
 
 from lorax_backend.model import prefill_graphs
 from lorax_backend.model.config import ModelConfig
-from lorax_backend.model.prefill_graphs import prefill_graph_bytes, prefill_graph_sizes
+from lorax_backend.model.prefill_graphs import most_prefill_tokens, prefill_graph_bytes, prefill_graph_sizes
 from lorax_backend.scheduler.sequence import Sequence
 from lorax_backend.types import SamplingParams
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_recorded_is_told_and_done_without(
     assert len(driver.generate([seq], 3)[seq.handle]) == 3
 
 
-def test_graphs_of_prefill_are_off_unless_asked_for(
+def test_graphs_of_prefill_are_off_on_a_cpu_unless_asked_for(
     tiny_model_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_memory_only(monkeypatch, TILE_ROWS)
@@ -238,7 +238,13 @@ def test_sizes_end_at_what_was_asked_for_and_the_kernels_can_do() -> None:
     assert prefill_graph_sizes(20) == (16, 20)
     assert prefill_graph_sizes(128) == (16, 32, 64, 96, 128)
     assert prefill_graph_sizes(512)[-1] == 512
-    for wrong in (-1, 513):
+    assert [most_prefill_tokens(-1, *cuda) for cuda in ((True, True), (True, False), (False, True))] == [
+        512,
+        0,
+        0,
+    ]
+    assert most_prefill_tokens(64, True, True) == 64
+    for wrong in (-2, 513):
         with pytest.raises(ValueError, match=f"prefill_graph_tokens is {wrong}; it must be 0"):
             prefill_graph_sizes(wrong)
 
