@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from lorax_kernels import tuning
-from lorax_kernels.tuning import DEFAULT, DEFAULT_NODE, LoraConfig, lora_config, node_config
+from lorax_kernels.tuning import DEFAULT, DEFAULT_NODE, LoraConfig, gemm_config, lora_config, node_config
 
 
 @pytest.fixture(autouse=True)
 def _fresh_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for kind in ("LORA", "ATTENTION", "NODE"):
+    for kind in ("LORA", "ATTENTION", "NODE", "GEMM"):
         monkeypatch.delenv(tuning.OVERRIDE.format(kind=kind), raising=False)
     tuning.forget_configs()
     yield
@@ -22,6 +22,7 @@ def _fresh_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_device_without_a_table_gets_the_defaults() -> None:
     assert lora_config(32, True) == DEFAULT
     assert node_config() == DEFAULT_NODE
+    assert gemm_config(1).kernel == "blas"
 
 
 def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_it(
