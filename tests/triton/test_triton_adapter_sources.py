@@ -1,4 +1,4 @@
-"""Adapters from a hub over real HTTP, through a real tritonserver, with the client."""
+"""Adapters from a hub and from S3 over real HTTP, through a real tritonserver, with the client."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from s3_server import S3Server
 from triton_calls import TritonCaller, http_get
 
 from lorax_backend.server.launch import ServerOptions, TritonServer
@@ -30,10 +31,12 @@ WAIT_S = 120.0
 
 @dataclass
 class Place:
-    """A server, the hub it asks, the files of an adapter to put there, and all that the server may write."""
+    """A server, the hub and the S3 it asks, the files of an adapter to put there, and all that the server may
+    write."""
 
     server: TritonServer
     hub: HubServer
+    s3: S3Server
     files: dict[str, bytes]
     folder: Path
 
@@ -53,8 +56,12 @@ def place(
         "engine_process": "false",
     }
     files = {path.name: path.read_bytes() for path in Path(tiny_adapters[0]).iterdir()}
-    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+    with HubServer() as hub, S3Server() as s3, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("S3_ENDPOINT_URL", s3.url)
+        patch.setenv("AWS_ACCESS_KEY_ID", "AKIA_canary-of-the-server")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-the-bucket")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("HF_HOME", str(folder / "hf"))
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LORAX_USE_GLOBAL_HF_TOKEN", "HF_HUB_OFFLINE"):
             patch.delenv(name, raising=False)
@@ -64,7 +71,7 @@ def place(
         server.start()
         try:
             server.wait_ready(WAIT_S)
-            yield Place(server, hub, files, folder)
+            yield Place(server, hub, s3, files, folder)
         finally:
             server.terminate(timeout=20.0)
 
@@ -195,6 +202,7 @@ def test_tokens_are_in_no_log_metric_error_answer_or_file(
         client.adapters.preload("org/nothing", api_token=THIEF)
     shown.append(str(caught.value))
     client.adapters.set_alias("canary", "org/canary")
+    shown.append(str(refusal(client, "s3://canary/none", THIEF)))
     commands = ("info", "stats", "adapters", "metrics", "aliases")
     shown += [json.dumps(caller.control(command, admin_key=KEY)) for command in commands]
     shown += [http_get(place.server.metrics_address, "/metrics"), place.server.log_tail(1_000_000)]
@@ -207,6 +215,27 @@ def test_tokens_are_in_no_log_metric_error_answer_or_file(
     for path in written:
         assert b"canary-of" not in path.read_bytes(), path
         assert "canary-of" not in str(path)
+
+
+def test_an_adapter_from_s3_streams_the_tokens_of_the_same_one_in_a_folder(
+    place: Place, client: Client, tiny_adapters: list[str]
+) -> None:
+    def stream(adapter_id: str | None, source: str | None) -> list[int]:
+        stream = client.generate_stream(PROMPT, adapter_id, source, max_new_tokens=12, ignore_eos_token=True)
+        return [response.token.id for response in stream]
+
+    place.s3.put("loras", "team/shout", place.files)
+    expected = stream(tiny_adapters[0], "local")
+    assert len(expected) == 12
+    assert stream("loras/team/shout", "s3") == expected
+    assert stream("s3://loras/team/shout", None) == expected, "the address names the source"
+    weights = "GET /loras/team/shout/adapter_model.safetensors"
+    assert place.s3.count(weights) == 1
+    assert stream(None, None) != expected, "the adapter makes a difference"
+    with pytest.raises(AdapterNotFoundError, match="loras/team/none"):
+        client.generate(PROMPT, "loras/team/none", "s3", max_new_tokens=2)
+    (row,) = [row for row in client.adapters.list() if row["source"] == "s3"]
+    assert (row["id"], len(row["resolved_revision"])) == ("s3://loras/team/shout", 40)
 
 
 def test_aliases_set_by_command_are_kept_beside_the_disk_cache(place: Place, client: Client) -> None:
