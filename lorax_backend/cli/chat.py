@@ -23,6 +23,7 @@ _HELP = """\
 /reset          forget the conversation
 /quit           leave (so does Ctrl-D); Ctrl-C stops an answer
 A line that ends with \\ goes on in the next one."""
+_CHECK_PROMPT = "Hello"
 
 
 def add_chat_words(words: argparse._SubParsersAction[Any]) -> None:
@@ -96,6 +97,7 @@ class Chat:
 
         Raises:
             LoraxError: the server cannot be reached at all.
+            ValueError: the adapter to begin with cannot be used.
         """
         info = self.client.info()
         self.templated = bool(info.get("has_chat_template", True))
@@ -110,6 +112,7 @@ class Chat:
             self._note(
                 "the model has no chat template: every line is sent as it is, without what came before"
             )
+        self._check_adapter()
         going = True
         while going:
             try:
@@ -119,6 +122,30 @@ class Chat:
                     raise
                 self._note("\n/quit or Ctrl-D leaves")
         return int(self.failed and not self.interactive)
+
+    def _check_adapter(self) -> None:
+        """Ask the adapter for one token, so that a wrong one is told before anybody has written to it. It is loaded
+        then, too. Needs no more rights than the chat itself, as commands for administrators would.
+
+        Raises:
+            ValueError: the adapter cannot be used.
+        """
+        from lorax_triton import AdapterError, OverloadedError, ValidationError
+
+        if self.adapter is None:
+            return
+        with contextlib.suppress(OverloadedError):  # nothing is wrong with the adapter
+            try:
+                self.client.generate(
+                    _CHECK_PROMPT,
+                    adapter_source=self.options.get("adapter_source"),
+                    api_token=self.options.get("api_token"),
+                    max_new_tokens=1,
+                    details=False,
+                    **self._adapter(),
+                )
+            except (AdapterError, ValidationError) as error:
+                raise ValueError(f"--adapter {self.adapter}: {error}") from None
 
     def _turn(self) -> bool:
         """Read one message and do what it says; False ends the chat."""

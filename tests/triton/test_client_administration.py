@@ -99,6 +99,8 @@ def test_the_command_line_does_the_same(
     assert tiny_adapters[0] in table
     assert "PINNED" in table
 
+    assert main(["chat", *where, "--adapter", "/no/such/adapter", "--adapter-source", "local"]) == 1
+    assert "--adapter /no/such/adapter: " in capsys.readouterr().err, "told before a message is read"
     with Terminal(["chat", *where, "--adapter", "short", "--max-new-tokens", "8"]) as terminal:
         terminal.expect("short> ")
         terminal.type("hello\n")

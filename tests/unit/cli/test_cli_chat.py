@@ -19,7 +19,8 @@ INFO = {"model_id": "tiny", "has_chat_template": True}
 
 
 class Model:
-    """Answers with the adapter and the number of messages; says no more after 'slowly'; refuses 'fail'."""
+    """Answers with the adapter and the number of messages; says no more after 'slowly'; refuses 'fail', and the
+    adapters 'wrong' and 'busy'."""
 
     def __init__(self, info: dict[str, Any]) -> None:
         self.info = info
@@ -34,13 +35,17 @@ class Model:
             return
         messages = self.messages(call)
         text = messages[-1]["content"]
-        if text == "fail":
+        adapter = call.inputs.get("adapter_id", ["base"])[0]
+        if adapter.startswith("wrong"):
+            yield error_response(error_json("hub:wrong does not exist", "adapter_not_found", 404))
+        elif adapter == "busy" and self.is_check(call):
+            yield error_response(error_json("too many requests", "overloaded", 429))
+        elif text == "fail":
             yield error_response(error_json("the adapter is broken", "adapter_error", 424))
         elif text == "slowly":
             yield response(text_output=["it be"], tokens=[token(1, "it be")])
             call.over.wait(WAIT_S)
         else:
-            adapter = call.inputs.get("adapter_id", ["base"])[0]
             yield from answer(f"{adapter} saw ", f"{len(messages)}", "")
 
     def messages(self, call: Call) -> list[dict[str, str]]:
@@ -49,9 +54,17 @@ class Model:
         parsed: list[dict[str, str]] = json.loads(call.inputs["messages"][0])
         return parsed
 
+    def is_check(self, call: Call) -> bool:
+        """True for the request by which a chat finds out whether its adapter can be used."""
+        return json.loads(call.inputs["sampling_parameters"][0]).get("max_new_tokens") == 1
+
+    @property
+    def checks(self) -> list[Call]:
+        return [call for call in self.fake.calls if "control" not in call.inputs and self.is_check(call)]
+
     @property
     def chats(self) -> list[Call]:
-        return [call for call in self.fake.calls if "control" not in call.inputs]
+        return [call for call in self.fake.calls if "control" not in call.inputs and not self.is_check(call)]
 
 
 @pytest.fixture
@@ -184,6 +197,39 @@ def test_a_pipe_whose_request_failed_ends_with_a_failure(start: Callable[..., Mo
     done = pipe(start(), "fail\nhello")
     assert (done.returncode, done.stdout) == (1, "base saw 1\n")
     assert "the adapter is broken" in done.stderr
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_an_adapter_that_cannot_be_used_ends_the_chat_before_it_begins(
+    interactive: bool, start: Callable[..., Model]
+) -> None:
+    model = start()
+    flags = ["--adapter", "wrong", "--adapter-source", "hub", "--revision", "v2", "--api-token", "t"]
+    if interactive:
+        with Terminal(["chat", "--url", model.fake.url, *flags]) as terminal:
+            terminal.expect("lorax-triton: --adapter wrong: hub:wrong does not exist")
+            assert terminal.wait() == 1
+            assert "wrong> " not in terminal.screen
+    else:
+        done = pipe(model, "hello\n", *flags)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "lorax-triton: --adapter wrong: hub:wrong does not exist\n"
+    assert model.chats == []
+    (check,) = model.checks
+    asked = [check.inputs[name] for name in ("adapter_id", "adapter_source", "api_token")]
+    assert asked == [["wrong@v2"], ["hub"], ["t"]]
+
+
+def test_a_server_too_busy_to_try_the_adapter_is_no_reason_not_to_chat(start: Callable[..., Model]) -> None:
+    model = start()
+    done = pipe(model, "hello\n", "--adapter", "busy")
+    assert (done.returncode, done.stdout) == (0, "busy saw 1\n"), done.stderr
+
+
+def test_the_base_model_is_not_tried_first(start: Callable[..., Model]) -> None:
+    model = start()
+    assert pipe(model, "hello\n").returncode == 0
+    assert model.checks == []
 
 
 def test_a_model_without_a_chat_template_gets_each_line_as_it_is(start: Callable[..., Model]) -> None:
