@@ -2,11 +2,14 @@
 """Measures the LoRA and attention kernels on one GPU, and writes the tables of block sizes that they use.
 
     python perf/kernels.py                    # LoRA in situ against the byte floor, and attention
-    python perf/kernels.py --tune             # search block sizes first and write kernels/lorax_kernels/tuned/
+    python perf/kernels.py --tune             # search block sizes first, and write tables of them beside the results
+    python perf/kernels.py --tune fused       # those of decode's expand in the nodes after the base layers alone
+    python perf/kernels.py --expand both      # decode with expand as a launch of its own, and in the nodes
     python perf/kernels.py --smoke            # a few seconds, tiny shapes: does everything run?
 
 In situ is what a layer pays: the time of its base products with LoRA minus the time without, both as replays of CUDA
-graphs of eight different layers, L2 flushed in between. Nothing is reported if a kernel's result is wrong, or if the
+graphs of eight different layers, L2 flushed in between. Where the nodes after the products add the deltas, both have
+the nodes too. Nothing is reported if a kernel's result is wrong, or if the
 kernels' tests are red or did not run (`kernel_gate.py`); --unchecked reports all the same, and says so. The byte
 floor is every distinct adapter's weights once, the input once and the output read and written once, at the device's
 copy bandwidth; or the operations at its matrix rate, where that is longer.
@@ -47,6 +50,7 @@ from kernels_lora import (
     Row,
     tune,
 )
+from kernels_nodes import FUSE_CHOICES, FUSE_MODE_CHOICES, NODES
 from kernels_timing import measured_floors
 from table_text import text_of
 
@@ -80,21 +84,25 @@ def compile_ahead(jobs: int, arguments: list[str]) -> None:
     print(f"compiled ahead in {jobs} processes: {time.time() - started:.0f} s", flush=True)
 
 
-def warm(model: str, share: str, tuning: bool) -> None:
+def warm(model: str, share: str, tuning: str) -> None:
     part, jobs = (int(v) for v in share.split("/"))
     work = []
-    for site in SHAPES[model].values():
-        decode = [lora_config(t, True, 0) for t in (1, 32, 128)]
-        prefill = [lora_config(8192, False, 0)]
-        if tuning:
-            decode += [
-                replace(DEFAULT, pdl=p, **c) for c in SHRINK_CHOICES + EXPAND_CHOICES for p in (False, True)
-            ]
+    for name, site in SHAPES[model].items():
+        tables = [lora_config(t, True, 0) for t in (1, 32, 128)]
+        decode, prefill = list(tables), [lora_config(8192, False, 0)]
+        if tuning == "all":
+            choices = SHRINK_CHOICES + EXPAND_CHOICES
+            decode += [replace(DEFAULT, pdl=p, **c) for c in choices for p in (False, True)]
             prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
-        work += [(site, Row(2, 2, 16), c) for c in decode] + [(site, Row(300, 2, 16), c) for c in prefill]
-    for site, row, config in work[part::jobs]:
-        Case(row, site, 1).check(config)
-    if tuning:
+        fuses = FUSE_CHOICES if tuning and NODES[name] == "silu" else [{}]
+        for config in tables:
+            decode += [replace(config, **f, expand="fused", pdl=p) for f in fuses for p in (False, True)]
+        work += [(name, site, Row(2, 2, 16), c) for c in decode]
+        work += [(name, site, Row(300, 2, 16), c) for c in prefill]
+    for name, site, row, config in work[part::jobs]:
+        with suppress(Exception):  # the measurement itself says so
+            Case(row, site, 1, node=NODES[name] if row.tokens <= 256 else None).check(config)
+    if tuning == "all":
         bench = AttentionBench(1)
         choices = [(ATTENTION_PREFILL_CHOICES, (1, 64, 128))]
         choices += [(ATTENTION_CHOICES, (count, 1, 40)) for count in (1, 8, 32, 128)]
@@ -109,11 +117,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="8b", choices=list(SHAPES))
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", nargs="?", const="all", default="", choices=["all", "fused"])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--rep", type=int, default=12, help="milliseconds a measurement")
     parser.add_argument("--jobs", type=int, default=0, help="compile first in this many processes")
     parser.add_argument("--no-attention", action="store_true")
+    parser.add_argument(
+        "--expand",
+        default="table",
+        choices=["table", "separate", "fused", "both"],
+        help="as the table of block sizes says, or one way whatever it says, or all these and more",
+    )
     parser.add_argument(
         "--unchecked", action="store_true", help="measure although the kernels' tests did not pass"
     )
@@ -125,26 +139,39 @@ def main() -> None:
         return
     tests = checked(args.unchecked)
     if args.jobs:
-        compile_ahead(args.jobs, ["--model", args.model] + (["--tune"] if args.tune else []))
+        compile_ahead(args.jobs, ["--model", args.model] + (["--tune", args.tune] if args.tune else []))
     args.out.mkdir(parents=True, exist_ok=True)
     floors = measured_floors()
     print({k: round(v) for k, v in floors.items()}, flush=True)
     log: list[dict[str, Any]] = []
     bench = Bench(args.model, args.rep)
     rows = [Row(1, 1), Row(4, 2), Row(300, 2)] if args.smoke else ROWS
-    found = search_lora(bench, rows, log) if args.tune else {}
+    found = search_lora(bench, rows, log, args.tune == "all") if args.tune else {}
     if found:
         write_table(args.out, "lora", found)
-    lora = measure_lora(bench, rows, found, floors)
-    attention = [] if args.no_attention else measure_attention(args, log)
+    forms: dict[str, list[dict[str, Any]]] = {}
     report = {"environment": environment(), "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
-              "model": args.model, "kernel_tests": tests, "unchecked": tests is None, "floors": floors, "lora": lora,
-              "attention": attention, "tuning": log}  # fmt: skip
-    (args.out / f"kernels-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_sites(lora)
+              "model": args.model, "kernel_tests": tests, "unchecked": tests is None, "floors": floors, "lora": [],
+              "attention": [], "tuning": log, "lora_forms": forms}  # fmt: skip
+    for form in ["table", *FORMS] if args.expand == "both" else [args.expand]:
+        # The forms differ for decode alone.
+        listed = [row for row in rows if row.tokens <= 256] if forms else rows
+        forms[form] = measure_lora(bench, listed, found, form, floors)
+        report["lora"] = report["lora"] or forms[form]
+        write_report(args, report)
+        print(f"\nexpand: {form}")
+        print_sites(forms[form])
+    print_forms(forms)
+    report["attention"] = [] if args.no_attention else measure_attention(args, log)
+    write_report(args, report)
     print(f"\n{text_of(report)}", flush=True)
     if tests is None:
         print(_UNCHECKED, flush=True)
+
+
+def write_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """What is known so far, so that a run that ends early leaves it behind."""
+    (args.out / f"kernels-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 _UNCHECKED = (
@@ -166,51 +193,80 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
         raise SystemExit(f"no numbers: {error}\n(--unchecked measures all the same, and says so)") from error
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "separate": {"expand": "separate"},
+    "fused": {"expand": "fused"},
+    "fused, early": {"expand": "fused", "pdl": True},
+}
+"""Fields of the configuration that stand for each form of decode's expand."""
+
+
 def measure_lora(
-    bench: Bench, rows: list[Row], found: dict[int, LoraConfig], floors: dict[str, float]
+    bench: Bench, rows: list[Row], found: dict[int, LoraConfig], form: str, floors: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """Every row in situ, with the tables of the package or, after a search, with what it found."""
+    """Every row in situ, with the tables of the package or, after a search, with what it found, in one form of expand.
+    A row that fails is told and left out."""
     results = []
     for row in rows:
         fitting = [size for size in found if size >= row.tokens]
         config = found[min(fitting)] if fitting else lora_config(row.tokens, row.tokens <= 256, 0)
-        sites = {name: bench.site_us(row, name, config) for name in bench.shapes}
-        alone = {name: bench.alone_us(row, name, config) for name in bench.shapes}
-        cases = [bench.case(row, name) for name in bench.shapes]
-        results.append(
-            {
-                **asdict(row),
-                "in_situ_us": sum(sites.values()),
-                "sites": sites,
-                "shrink_us": {name: pair[0] for name, pair in alone.items()},
-                "expand_us": {name: pair[1] for name, pair in alone.items()},
-                "base_us": sum(bench.base_us(row, name) for name in bench.shapes),
-                "floor_us": sum(case.floor_us(floors["copy_gbs"], floors["tflops"]) for case in cases),
-            }
-        )
+        try:
+            results.append(measured(bench, row, replace(config, **FORMS.get(form, {})), floors))
+        except Exception as error:  # whatever it is, the other rows and forms are worth having
+            print(f"left out {row}, {form}: {error}", flush=True)
         bench.forget(row)
     return results
 
 
-def search_lora(bench: Bench, rows: list[Row], log: list[dict[str, Any]]) -> dict[int, LoraConfig]:
-    """The best configuration by the largest token count it is for."""
+def measured(bench: Bench, row: Row, config: LoraConfig, floors: dict[str, float]) -> dict[str, Any]:
+    """One row in situ, and where its time goes."""
+    sites = {name: bench.site_us(row, name, config) for name in bench.shapes}
+    alone = {name: bench.alone_us(row, name, config) for name in bench.shapes}
+    cases = [bench.case(row, name) for name in bench.shapes]
+    return {
+        **asdict(row),
+        "in_situ_us": sum(sites.values()),
+        "sites": sites,
+        "shrink_us": {name: pair[0] for name, pair in alone.items()},
+        "expand_us": {name: pair[1] for name, pair in alone.items()},
+        "base_us": sum(bench.base_us(row, name) for name in bench.shapes),
+        "floor_us": sum(case.floor_us(floors["copy_gbs"], floors["tflops"]) for case in cases),
+    }
+
+
+def search_lora(
+    bench: Bench, rows: list[Row], log: list[dict[str, Any]], everything: bool
+) -> dict[int, LoraConfig]:
+    """The best configuration by the largest token count it is for. Unless `everything` is searched, shrink, expand as
+    a launch of its own and prefill stay as the tables have them."""
     found: dict[int, LoraConfig] = {}
-    stages = [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES]
     for tokens, size in ((1, 1), (32, 32), (128, 256)):
         print("tuning", tokens, "tokens", flush=True)
         listed = [row for row in rows if row.tokens == tokens]
-        found[size] = tune(bench, listed, replace(DEFAULT, pdl=True), stages, log)
+        if everything:
+            stages = [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES]
+            separate = tune(bench, listed, replace(DEFAULT, pdl=True), stages, log)
+        else:
+            kept = replace(lora_config(size, True, 0), expand="separate")
+            separate = tune(bench, listed, kept, [[{}]], log)
+        start = replace(separate[1], expand="fused")
+        fused = tune(bench, listed, start, [FUSE_MODE_CHOICES, FUSE_CHOICES], log)
+        print(f"  expand separate {separate[0]:.3f}, fused {fused[0]:.3f}", flush=True)
+        found[size] = min(separate, fused, key=lambda pair: pair[0])[1]
+    if not everything:
+        found[16384] = lora_config(16384, False, 0)
+        return found
     print("tuning prefill", flush=True)
     stages = [PREFILL_SHRINK_CHOICES, PREFILL_EXPAND_CHOICES, MODE_CHOICES[::3] + MODE_CHOICES[2:3]]
     prefill_rows = [row for row in rows if row.tokens > 256]
-    found[16384] = tune(bench, prefill_rows, found[256], stages, log)
+    found[16384] = tune(bench, prefill_rows, found[256], stages, log)[1]
     return found
 
 
 def measure_attention(args: argparse.Namespace, log: list[dict[str, Any]]) -> list[dict[str, float]]:
     bench = AttentionBench(args.rep)
     found: dict[int, AttentionConfig] = {}
-    if args.tune:
+    if args.tune == "all":
         print("tuning attention", flush=True)
         found = bench.tune(log)
         write_table(args.out, "attention", found)
@@ -222,15 +278,32 @@ def measure_attention(args: argparse.Namespace, log: list[dict[str, Any]]) -> li
     return results
 
 
+def print_forms(forms: dict[str, list[dict[str, Any]]]) -> None:
+    """All forms of expand side by side, microseconds in situ."""
+    rows = {row: [forms[form] for form in forms] for row in (name_of(r) for r in next(iter(forms.values())))}
+    print(f"\n{'batch':<42}{'goal':>7}" + "".join(f"{form:>{max(9, len(form) + 2)}}" for form in forms))
+    for name, results in rows.items():
+        goal, times = 0.0, ""
+        for form, listed in zip(forms, results, strict=True):
+            here = [r for r in listed if name_of(r) == name]
+            goal = here[0]["goal_us"] if here else goal
+            times += f"{here[0]['in_situ_us'] if here else float('nan'):>{max(9, len(form) + 2)}.1f}"
+        print(f"{name:<42}{goal:>7.0f}{times}")
+
+
+def name_of(result: dict[str, Any]) -> str:
+    """The batch a result is of."""
+    return str(Row(result["tokens"], result["adapters"], result["rank"]))
+
+
 def print_sites(results: list[dict[str, Any]]) -> None:
     """Where the time of every row goes, microseconds."""
     print(f"{'batch':<42}{'base':>7}   site: in situ (shrink, expand alone)")
     for r in results:
-        name = str(Row(r["tokens"], r["adapters"], r["rank"]))
         sites = " ".join(
             f"{k} {v:.1f} ({r['shrink_us'][k]:.1f}, {r['expand_us'][k]:.1f})" for k, v in r["sites"].items()
         )
-        print(f"{name:<42}{r['base_us']:>7.0f}   {sites}")
+        print(f"{name_of(r):<42}{r['base_us']:>7.0f}   {sites}")
 
 
 if __name__ == "__main__":
