@@ -161,3 +161,23 @@ def test_a_reload_of_a_changed_object_gives_new_requests_the_new_weights_and_lea
     assert not torch.equal(page(server, "a"), weights)
     server.manager.deactivate(old)
     server.manager.release(old_request)
+
+
+def test_a_request_that_began_with_an_object_since_overwritten_gets_its_weights_back_from_disk(
+    s3: S3Server, make_adapter: Callable[..., Path], make_server: Callable[..., AdapterServer]
+) -> None:
+    s3.put("loras", "a", read_files(make_adapter(seed=1)))
+    server = make_server()
+    handle = server.get(ref("a"))
+    weights, key = page(server, "a"), server.manager.cache_key(ref("a"))
+    s3.put("loras", "a", read_files(make_adapter(seed=2)))
+    record = server.manager._loading.find(ref("a"))
+    assert record is not None
+    # As if it had been preempted, and others had needed the room in both memories.
+    server.manager._loading.evict(record)
+    server.manager.evict(record)
+    assert not server.ready(handle, ref("a"))
+    server.until(lambda: server.ready(handle, ref("a")) or handle in server.failed)
+    assert not server.failed
+    assert server.manager.cache_key(ref("a")) == key
+    assert torch.equal(page(server, "a"), weights)
