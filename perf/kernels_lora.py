@@ -12,6 +12,7 @@ from kernels_timing import graph_us
 
 from lorax_kernels import LoraBatch, LoraSite, PageLayout, WorkBuffer, lora_triton, pages_for_rank
 from lorax_kernels.expand_nodes import Delta, begin_linear
+from lorax_kernels.skinny_gemm import linear as base_linear
 from lorax_kernels.tuning import LoraConfig
 
 SHAPES = {
@@ -283,9 +284,7 @@ class Bench:
         if key not in self._base:
             x, products = self.case(row, name).x, self.products(name)
             reps = LAYERS if row.tokens <= 256 else 2
-            calls = [
-                lambda i=i: torch.nn.functional.linear(x, products[i % len(products)]) for i in range(reps)
-            ]
+            calls = [lambda i=i: base_linear(x, products[i % len(products)], None) for i in range(reps)]
             node = self.case(row, name).node
             if with_node and node:
                 plain = calls
