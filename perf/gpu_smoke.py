@@ -360,7 +360,8 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
-        "--lora", help='fields of the LoRA kernels\' configuration as JSON, such as {"expand": "fused"}'
+        "--lora",
+        help='fields of the LoRA kernels\' configuration as JSON, such as {"overlap": "none"}',
     )
     parser.add_argument("--node", help='the same of the small kernels, such as {"pdl": true}')
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")

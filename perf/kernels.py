@@ -50,7 +50,7 @@ from kernels_lora import (
     Row,
     tune,
 )
-from kernels_nodes import FUSE_CHOICES, FUSE_MODE_CHOICES, NODES
+from kernels_nodes import FUSE_CHOICES, FUSE_MODE_CHOICES, FUSE_WHERE_CHOICES, NODES
 from kernels_timing import measured_floors
 from table_text import text_of
 
@@ -96,12 +96,12 @@ def warm(model: str, share: str, tuning: str) -> None:
             prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
         fuses = FUSE_CHOICES if tuning and NODES[name] == "silu" else [{}]
         for config in tables:
-            decode += [replace(config, **f, expand="fused", pdl=p) for f in fuses for p in (False, True)]
+            decode += [replace(config, **f, **form) for f in fuses for form in FORMS.values()]
         work += [(name, site, Row(2, 2, 16), c) for c in decode]
         work += [(name, site, Row(300, 2, 16), c) for c in prefill]
     for name, site, row, config in work[part::jobs]:
         with suppress(Exception):  # the measurement itself says so
-            Case(row, site, 1, node=NODES[name] if row.tokens <= 256 else None).check(config)
+            Case(row, site, 1, node=NODES.get(name) if row.tokens <= 256 else None).check(config)
     if tuning == "all":
         bench = AttentionBench(1)
         choices = [(ATTENTION_PREFILL_CHOICES, (1, 64, 128))]
@@ -194,9 +194,9 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
 
 
 FORMS: dict[str, dict[str, Any]] = {
-    "separate": {"expand": "separate"},
-    "fused": {"expand": "fused"},
-    "fused, early": {"expand": "fused", "pdl": True},
+    "separate": {"fuse_norm": False, "fuse_silu": False},
+    "fused": {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": False},
+    "fused, early": {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": True},
 }
 """Fields of the configuration that stand for each form of decode's expand."""
 
@@ -247,11 +247,11 @@ def search_lora(
             stages = [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES]
             separate = tune(bench, listed, replace(DEFAULT, pdl=True), stages, log)
         else:
-            kept = replace(lora_config(size, True, 0), expand="separate")
+            kept = replace(lora_config(size, True, 0), fuse_norm=False, fuse_silu=False)
             separate = tune(bench, listed, kept, [[{}]], log)
-        start = replace(separate[1], expand="fused")
-        fused = tune(bench, listed, start, [FUSE_MODE_CHOICES, FUSE_CHOICES], log)
-        print(f"  expand separate {separate[0]:.3f}, fused {fused[0]:.3f}", flush=True)
+        start = replace(separate[1], fuse_norm=True, fuse_silu=True)
+        fused = tune(bench, listed, start, [FUSE_MODE_CHOICES, FUSE_CHOICES, FUSE_WHERE_CHOICES], log)
+        print(f"  expand separate {separate[0]:.3f}, best {fused[0]:.3f}", flush=True)
         found[size] = min(separate, fused, key=lambda pair: pair[0])[1]
     if not everything:
         found[16384] = lora_config(16384, False, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -95,6 +96,7 @@ PREFILL_EXPAND_CHOICES = [
 ]
 
 
+_TURNS = 7
 _ROUNDING = 2.0**-8  # the most that rounding to bfloat16 changes a number, as a share of it
 
 
@@ -136,7 +138,9 @@ class Case:
 
     def fused(self, config: LoraConfig) -> Node | None:
         """The node, if expand is left to it."""
-        return self.node if config.expand == "fused" else None
+        node = self.node
+        fuses = node is not None and (config.fuse_silu if node.kind == "silu" else config.fuse_norm)
+        return node if fuses else None
 
     def check(self, config: LoraConfig) -> None:
         """Raise if the site's output, or what the node makes of it, is wrong in one of up to 64 rows."""
@@ -149,7 +153,7 @@ class Case:
             pairs = [(got[rows], base[rows].double() + delta)]
         else:
             begun = Delta(lora_triton.shrink(self.x, a, work, config), b, work, self.site.out_slices)
-            made = node.results(base, begun)
+            made = node(base, begun)
             wanted = node.expected(rows, base[rows].double() + delta)
             pairs = [(one[rows], want) for one, want in zip(made, wanted, strict=True)]
         for one, want in pairs:
@@ -203,8 +207,10 @@ class Bench:
     def site_us(self, row: Row, name: str, config: LoraConfig) -> float:
         case = self.case(row, name)
         node = case.fused(config)
-        if node and node.kind != "silu":
+        if not node or node.kind != "silu":
             config = replace(config, **FUSE_CHOICES[0])  # which are SiLU's alone
+        if not node:
+            config = replace(config, fuse_norm=False, fuse_silu=False, fuse_pdl=False)
         key = (row, name, config)
         if key not in self._known:
             products = self.products(name)
@@ -228,15 +234,13 @@ class Bench:
                     config,
                 )
 
-            total = graph_us([lambda i=i: call(i) for i in range(reps)], self.rep)
-            self._known[key] = total - self.base_us(row, name)
-            if row.tokens > 256:
-                # A warm device is slower: products that take milliseconds are timed again beside each other.
-                again = (
-                    self._base_again_us(row, name),
-                    graph_us([lambda i=i: call(i) for i in range(reps)], self.rep),
-                )
-                self._known[key] = (total + again[1]) / 2 - again[0]
+            calls = [lambda i=i: call(i) for i in range(reps)]
+            if row.tokens <= 256:
+                self._known[key] = graph_us(calls, self.rep) - self.base_us(row, name)
+            else:
+                # A warm device is slower: products that take milliseconds are timed beside each other, turn by turn.
+                turns = [graph_us(calls, self.rep) - self._base_again_us(row, name) for _ in range(_TURNS)]
+                self._known[key] = statistics.median(turns)
         return self._known[key]
 
     @staticmethod
@@ -254,7 +258,7 @@ class Bench:
         return call
 
     def _base_again_us(self, row: Row, name: str) -> float:
-        del self._base[row.tokens, name, False]
+        self._base.pop((row.tokens, name, False), None)
         return self.base_us(row, name)
 
     def alone_us(self, row: Row, name: str, config: LoraConfig) -> tuple[float, float]:
@@ -297,7 +301,7 @@ class Bench:
         if key not in self._cases:
             decode = row.tokens <= 256
             self._cases[key] = Case(
-                row, self.shapes[name], LAYERS if decode else 2, node=NODES[name] if decode else None
+                row, self.shapes[name], LAYERS if decode else 2, node=NODES.get(name) if decode else None
             )
         return self._cases[key]
 
@@ -332,11 +336,15 @@ def tune(
                 times = {str(row): bench.in_situ_us(row, config) for row in rows}
             except Exception as error:  # whatever it is, it says nothing about the next choice
                 print(f"  left out {choice}: {error}", flush=True)
-                log.append({"choice": choice, "expand": config.expand, "error": str(error)})
+                log.append(
+                    {"choice": choice, "fused": [config.fuse_norm, config.fuse_silu], "error": str(error)}
+                )
                 continue
             score = sum(times[str(row)] / (row.goal_us or 1.0) for row in rows)
             scores.append((score, config))
-            log.append({"choice": choice, "expand": config.expand, "us": times, "score": score})
+            log.append(
+                {"choice": choice, "fused": [config.fuse_norm, config.fuse_silu], "us": times, "score": score}
+            )
             print(f"  {score:7.3f} {choice} " + " ".join(f"{t:.1f}" for t in times.values()), flush=True)
         score, best = min(scores, key=lambda item: item[0])
     return score, best

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from lorax_kernels.expand_nodes import Delta, rms_norm_expand, rope_and_cache_expand, silu_mul_expand
-from lorax_kernels.fused_triton import rms_norm, rope_and_cache, silu_mul
+from lorax_kernels.expand_nodes import Delta, rms_norm_expand, silu_mul_expand
+from lorax_kernels.fused_triton import rms_norm, silu_mul
 
-NODES = {"qkv": "rope", "o": "norm", "gate_up": "silu", "down": "norm"}
-"""What reads the output of each site: rotary embedding and the cache's writing, SiLU, or the norm with residual."""
+NODES = {"o": "norm", "gate_up": "silu", "down": "norm"}
+"""What reads the output of each site, where it can add the deltas: SiLU, or the norm with residual."""
+_FUSE = ("fuse_row_n", "fuse_block_n", "fuse_warps", "fuse_waves", "fuse_registers")
 FUSE_CHOICES = [
-    {"fuse_block_n": n, "fuse_warps": w, "fuse_waves": v}
-    for n, w, v in (
-        (128, 4, 4), (64, 2, 8), (64, 4, 8), (128, 2, 8), (128, 4, 8), (128, 8, 4), (256, 4, 4), (256, 8, 2),
+    dict(zip(_FUSE, values, strict=True))
+    for values in (
+        (512, 128, 4, 3, 0), (512, 128, 4, 4, 128), (256, 128, 4, 3, 0), (512, 64, 4, 3, 0), (512, 64, 4, 5, 96),
+        (1024, 128, 4, 2, 0), (512, 256, 8, 1, 0), (1024, 128, 8, 2, 0), (512, 128, 8, 2, 0), (256, 64, 2, 6, 0),
+        (512, 64, 2, 4, 0), (1024, 256, 8, 1, 0),
     )
 ]  # fmt: skip
 FUSE_MODE_CHOICES = [
-    {"pdl": p, "overlap": o} for p in (False, True) for o in ("none", "product_first", "shrink_first")
+    {"pdl": p, "fuse_pdl": f, "overlap": o}
+    for p in (False, True)
+    for f in (False, True)
+    for o in ("product_first", "shrink_first")
 ]
-_HEADS = 32
-_CACHE_BLOCK = 16
-_POSITIONS = 4096
+FUSE_WHERE_CHOICES = [
+    {"fuse_norm": norm, "fuse_silu": silu} for norm in (False, True) for silu in (False, True)
+]
 _EPS = 1e-5
 
 
@@ -36,52 +42,20 @@ class Node:
             self._residual = torch.randn(tokens, width, device=device, generator=generator).bfloat16()
             weight = torch.rand(width, device=device, generator=generator) + 0.5
             self._weight = weight.bfloat16()
-        if kind == "rope":
-            dim = out_slices[0] // _HEADS
-            self._heads = _HEADS, out_slices[1] // dim
-            angles = torch.outer(torch.arange(_POSITIONS, device=device), torch.rand(dim // 2, device=device))
-            cos, sin = angles.cos(), angles.sin()
-            positions = torch.randint(0, _POSITIONS, (tokens,), device=device, generator=generator)
-            self._rope = positions, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-            shape = -(-tokens // _CACHE_BLOCK), _CACHE_BLOCK, self._heads[1], dim
-            keys, values = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
-            self._cache = keys, values
-            self._slots = torch.randperm(keys.shape[0] * _CACHE_BLOCK, device=device)[:tokens]
 
     def __call__(self, base: torch.Tensor, delta: Delta | None = None) -> tuple[torch.Tensor, ...]:
         """What the node returns for the base layer's output [T, out]."""
         if self.kind == "silu":
             return (silu_mul(base) if delta is None else silu_mul_expand(base, delta),)
-        if self.kind == "norm":
-            if delta is None:
-                return rms_norm(base, self._weight, _EPS, self._residual)
-            return rms_norm_expand(base, (self._weight, _EPS), self._residual, delta)
-        arguments = base, self._heads, self._rope, self._cache, self._slots
-        return (rope_and_cache(*arguments) if delta is None else rope_and_cache_expand(*arguments, delta),)
-
-    def results(self, base: torch.Tensor, delta: Delta) -> list[torch.Tensor]:
-        """All that it writes, [T, columns] each."""
-        if self.kind != "rope":
-            return list(self(base, delta))
-        for cache in self._cache:
-            cache.fill_(float("nan"))
-        (q,) = self(base, delta)
-        stored = [cache.flatten(0, 1)[self._slots].flatten(1) for cache in self._cache]
-        return [q.flatten(1), *stored]
+        if delta is None:
+            return rms_norm(base, self._weight, _EPS, self._residual)
+        return rms_norm_expand(base, (self._weight, _EPS), self._residual, delta)
 
     def expected(self, rows: torch.Tensor, base: torch.Tensor) -> list[torch.Tensor]:
         """The same of some of its rows, whose `base` with the delta is given in float64."""
         if self.kind == "silu":
             gate, up = base.chunk(2, 1)
             return [torch.nn.functional.silu(gate) * up]
-        if self.kind == "norm":
-            total = base + self._residual[rows].double()
-            scale = (total.square().mean(1, keepdim=True) + _EPS).rsqrt()
-            return [total * scale * self._weight.double(), total]
-        positions, cos, sin = self._rope
-        heads, kv_heads = self._heads
-        wide_cos, wide_sin = (table[positions[rows]].double()[:, None] for table in (cos, sin))
-        parts = base.view(len(base), heads + 2 * kv_heads, -1)
-        q, k, v = parts.split((heads, kv_heads, kv_heads), dim=1)
-        turned = [x * wide_cos + x.roll(x.shape[-1] // 2, -1) * wide_sin for x in (q, k)]
-        return [x.flatten(1) for x in (*turned, v)]
+        total = base + self._residual[rows].double()
+        scale = (total.square().mean(1, keepdim=True) + _EPS).rsqrt()
+        return [total * scale * self._weight.double(), total]

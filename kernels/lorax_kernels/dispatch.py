@@ -89,8 +89,8 @@ def begin_lora_linear(
     batch: LoraBatch,
     out_slices: tuple[int, ...],
 ) -> tuple[torch.Tensor, Delta | None]:
-    """`lora_linear` for a caller that gives the result to `rms_norm`, `silu_mul` or `rope_and_cache` and to nothing
-    else: these may add the deltas on the way.
+    """`lora_linear` for a caller that gives the result to `silu_mul`, if it has two slices, or to `rms_norm`, and to
+    nothing else: these may add the deltas on the way.
 
     Returns:
         [T, out], and the deltas that it lacks, to be given along with it; None if it lacks none.
@@ -171,16 +171,10 @@ def rope_and_cache(
     slot_mapping: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
-    delta: Delta | None = None,
 ) -> torch.Tensor:
-    """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`. `delta` is what
-    `begin_lora_linear` gave along with qkv, which stays without it."""
+    """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`."""
     if _uses_triton(qkv):
-        from lorax_kernels import expand_nodes, fused_triton
+        from lorax_kernels import fused_triton
 
-        if delta is not None:
-            return expand_nodes.rope_and_cache_expand(
-                qkv, heads, rope, cache, slot_mapping, delta, (norms, eps)
-            )
         return fused_triton.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)
     return fused_reference.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)

@@ -4,10 +4,11 @@ Expand by itself reads the base layer's output, adds to it and writes it, and th
 node does both: one launch and two passes over the output fewer a site. What it computes is what expand and the node
 after it would: the delta is added in float32 and rounded to the output's type, and only then does the node begin.
 
-The nodes that work row by row (norms, rotary embedding) look a row's adapter up in the work list's `tokens`. SiLU and
-multiplication, whose input is the widest, takes the list's row blocks, so that B is read once for up to 16 rows of one
-adapter; the list's bare blocks are the rows without one. With PDL each reads the adapters' B, which no kernel of the
-step writes, before it waits for the base layer.
+A norm works row by row and looks a row's adapter up in the work list's `tokens`. SiLU and multiplication, whose input
+is the widest, takes the list's row blocks, so that B is read once for up to 16 rows of one adapter; the list's bare
+blocks are the rows without one. With PDL each reads the adapters' B, which no kernel of the step writes, before it
+waits for the base layer. The rotary embedding had such a form too, and lost to expand as a launch of its own on an
+H100 at every size: with a program for some heads of a row, B is read again for every row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorax_kernels.fused_triton import rope_and_store, rope_tables, silu_mul_block
+from lorax_kernels.fused_triton import silu_mul_block
 from lorax_kernels.lora_kernels import _record, _split_shift
 
 _LISTED = ("tokens_at", "pages_at", "plane_rows", "max_pages")
@@ -87,59 +88,6 @@ def norm_expand_kernel(
     tl.store(y_ptr + row * WIDTH + column, y.to(x.dtype), mask=seen)
 
 
-@triton.jit(do_not_specialize=_LISTED)
-def rope_expand_kernel(
-    qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
-    h_ptr, b_ptr, work_ptr, stride_qkv, stride_table, eps, stride_page, stride_b, tokens_at, pages_at, plane_rows,
-    max_pages,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    QK_NORM: tl.constexpr, MAX_SHIFT: tl.constexpr, TARGET_LOG2: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Rotary embedding and the cache's writing of qkv + h B, a program some heads of a row."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    d = tl.arange(0, BLOCK_D)  # over half a head
-    rank = tl.arange(0, 8)
-    seen = (head < HEADS + 2 * KV_HEADS)[:, None] & (d < D // 2)[None, :]
-    cos, sin, slot = rope_tables(positions_ptr, cos_ptr, sin_ptr, slots_ptr, row, d, stride_table, D)
-    position, page_list, num_pages, page = _token_record(work_ptr, tokens_at, pages_at, row)
-    splits = 1 << _split_shift(tl.load(work_ptr + 3), 3, TARGET_LOG2, MAX_SHIFT)
-    slice_of_head = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)
-    inside = head[:, None] * D + d[None, :]
-    b_where = (rank * stride_b)[:, None, None] + inside[None, :, :]
-    b_seen = seen[None, :, :] & (num_pages > 0)
-    b_page = b_ptr + page.to(tl.int64) * stride_page + b_where
-    b_first = tl.load(b_page, mask=b_seen, other=0.0)
-    b_second = tl.load(b_page + D // 2, mask=b_seen, other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    source = qkv_ptr + row * stride_qkv + inside
-    first = tl.load(source, mask=seen, other=0.0)
-    second = tl.load(source + D // 2, mask=seen, other=0.0)
-    stride_h = 3 * max_pages * 8
-    h_heads = h_ptr + position * stride_h + rank[:, None] + (slice_of_head * max_pages * 8)[None, :]
-    delta_first = tl.zeros((BLOCK_H, BLOCK_D), dtype=tl.float32)
-    delta_second = tl.zeros((BLOCK_H, BLOCK_D), dtype=tl.float32)
-    for j in range(num_pages):
-        more = j + 1 < num_pages
-        after = b_ptr + tl.load(page_list + j + 1, mask=more, other=0).to(tl.int64) * stride_page + b_where
-        after_first = tl.load(after, mask=seen[None, :, :] & more, other=0.0)
-        after_second = tl.load(after + D // 2, mask=seen[None, :, :] & more, other=0.0)
-        h_seen = (head < HEADS + 2 * KV_HEADS)[None, :] & (rank >= 0)[:, None]
-        h = _sum_of_splits(h_heads + j * 8, h_seen, splits, plane_rows * stride_h, 1 << MAX_SHIFT)[:, :, None]
-        delta_first += tl.sum(h * b_first.to(tl.float32), axis=0)
-        delta_second += tl.sum(h * b_second.to(tl.float32), axis=0)
-        b_first, b_second = after_first, after_second
-    first = (first.to(tl.float32) + delta_first).to(first.dtype)
-    second = (second.to(tl.float32) + delta_second).to(second.dtype)
-    rope_and_store(
-        first, second, row, head, d, cos, sin, slot, q_norm_ptr, k_norm_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, eps,
-        HEADS, KV_HEADS, D, QK_NORM,
-    )  # fmt: skip
-
-
 @triton.jit
 def _two_tiles(b_ptr, pages, j, num_pages, column, n_seen, stride_page, stride_b, WIDTH: tl.constexpr):
     """B of both slices, [16, columns] each: of pages j and j + 1."""
@@ -157,111 +105,137 @@ def _silu_of_row(
 ):  # fmt: skip
     """One row: matrix-vector products, bound by reading B."""
     r = tl.arange(0, 16)
-    b_gate, b_up = _two_tiles(b_ptr, pages, 0, num_pages, column, n_seen, stride_page, stride_b, WIDTH)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    base_gate = tl.load(source + column, mask=n_seen, other=0.0)
-    base_up = tl.load(source + WIDTH + column, mask=n_seen, other=0.0)
-    gate, up = base_gate.to(tl.float32), base_up.to(tl.float32)
+    gate = tl.zeros((column.shape[0],), dtype=tl.float32)
+    up = tl.zeros((column.shape[0],), dtype=tl.float32)
     for j in range(0, num_pages, 2):
+        b_gate, b_up = _two_tiles(b_ptr, pages, j, num_pages, column, n_seen, stride_page, stride_b, WIDTH)
         after = j + 2 + r // 8
         pages = tl.load(page_list + after, mask=after < num_pages, other=0).to(tl.int64)
-        next_gate, next_up = _two_tiles(
-            b_ptr, pages, j + 2, num_pages, column, n_seen, stride_page, stride_b, WIDTH
-        )
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         seen = j + r // 8 < num_pages
         h_gate = _sum_of_splits(h_ptr + j * 8 + r, seen, splits, stride_plane, MAX_SPLITS)
         h_up = _sum_of_splits(h_ptr + (max_pages + j) * 8 + r, seen, splits, stride_plane, MAX_SPLITS)
         gate += tl.sum(h_gate[:, None] * b_gate.to(tl.float32), axis=0)
         up += tl.sum(h_up[:, None] * b_up.to(tl.float32), axis=0)
-        b_gate, b_up = next_gate, next_up
-    made = silu_mul_block(gate.to(base_gate.dtype), up.to(base_up.dtype))
+    base_gate = tl.load(source + column, mask=n_seen, other=0.0)
+    base_up = tl.load(source + WIDTH + column, mask=n_seen, other=0.0)
+    made = silu_mul_block(
+        (base_gate.to(tl.float32) + gate).to(base_gate.dtype), (base_up.to(tl.float32) + up).to(base_up.dtype)
+    )
     tl.store(y_where + column, made, mask=n_seen)
 
 
 @triton.jit
-def _silu_of_rows(
-    x_ptr, y_ptr, h_ptr, b_ptr, row_list, page_list, pages, splits, count, num_pages, column, n_seen, max_pages,
-    stride_x, stride_page, stride_b, stride_plane, stride_h,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, MAX_SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Up to BLOCK_M rows of one adapter on the tensor cores, or as many without one."""
-    r = tl.arange(0, 16)
-    m = tl.arange(0, BLOCK_M)
-    rows = tl.load(row_list + m, mask=m < count, other=0).to(tl.int64)
-    b_gate, b_up = _two_tiles(b_ptr, pages, 0, num_pages, column, n_seen, stride_page, stride_b, WIDTH)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+def _two_columns(x_ptr, rows, m_seen, column, n_seen, stride_x, WIDTH: tl.constexpr):
+    """The base layer's output of some rows: columns of both slices."""
     source = x_ptr + rows[:, None] * stride_x + column[None, :]
-    seen = (m < count)[:, None] & n_seen[None, :]
-    base_gate = tl.load(source, mask=seen, other=0.0)
-    base_up = tl.load(source + WIDTH, mask=seen, other=0.0)
-    gate = tl.zeros((BLOCK_M, column.shape[0]), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, column.shape[0]), dtype=tl.float32)
-    for j in range(0, num_pages, 2):
-        after = j + 2 + r // 8
-        pages = tl.load(page_list + after, mask=after < num_pages, other=0).to(tl.int64)
-        next_gate, next_up = _two_tiles(
-            b_ptr, pages, j + 2, num_pages, column, n_seen, stride_page, stride_b, WIDTH
+    seen = m_seen[:, None] & n_seen[None, :]
+    return tl.load(source, mask=seen, other=0.0), tl.load(source + WIDTH, mask=seen, other=0.0)
+
+
+@triton.jit
+def _two_products(
+    h_gate, h_up, b_gate, b_up, h_ptr, b_ptr, page_list, splits, num_pages, m_seen, column, n_seen, max_pages,
+    stride_page, stride_b, stride_plane, stride_h,
+    WIDTH: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """h B of both slices in float32; of the first two pages h and B are given, which is all of the common ranks."""
+    r = tl.arange(0, 16)
+    m = tl.arange(0, m_seen.shape[0])
+    gate = tl.dot(h_gate, b_gate, input_precision="ieee")
+    up = tl.dot(h_up, b_up, input_precision="ieee")
+    for j in range(2, num_pages, 2):
+        seen = j + r // 8 < num_pages
+        pages = tl.load(page_list + j + r // 8, mask=seen, other=0).to(tl.int64)
+        more_gate, more_up = _two_tiles(
+            b_ptr, pages, j, num_pages, column, n_seen, stride_page, stride_b, WIDTH
         )
         h_where = h_ptr + m[:, None] * stride_h + (j * 8 + r)[None, :]
-        h_seen = (m < count)[:, None] & (j + r // 8 < num_pages)[None, :]
-        h_gate = _sum_of_splits(h_where, h_seen, splits, stride_plane, MAX_SPLITS)
-        h_up = _sum_of_splits(h_where + max_pages * 8, h_seen, splits, stride_plane, MAX_SPLITS)
-        gate = tl.dot(h_gate.to(b_gate.dtype), b_gate, gate, input_precision="ieee")
-        up = tl.dot(h_up.to(b_up.dtype), b_up, up, input_precision="ieee")
-        b_gate, b_up = next_gate, next_up
-    made = silu_mul_block(
-        (base_gate.to(tl.float32) + gate).to(base_gate.dtype), (base_up.to(tl.float32) + up).to(base_up.dtype)
-    )
-    tl.store(y_ptr + rows[:, None] * WIDTH + column[None, :], made, mask=seen)
+        h_seen = m_seen[:, None] & seen[None, :]
+        more_h = _sum_of_splits(h_where, h_seen, splits, stride_plane, MAX_SPLITS).to(b_gate.dtype)
+        gate = tl.dot(more_h, more_gate, gate, input_precision="ieee")
+        more_h = _sum_of_splits(h_where + max_pages * 8, h_seen, splits, stride_plane, MAX_SPLITS)
+        up = tl.dot(more_h.to(b_up.dtype), more_up, up, input_precision="ieee")
+    return gate, up
 
 
 @triton.jit(do_not_specialize=("blocks_at", "rows_at", *_LISTED[1:]))
 def silu_expand_kernel(
     x_ptr, y_ptr, h_ptr, b_ptr, work_ptr, stride_x, stride_page, stride_b, blocks_at, rows_at, pages_at, plane_rows,
     max_pages,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAX_SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, ROW_N: tl.constexpr, BLOCK_N: tl.constexpr, MAX_SHIFT: tl.constexpr,
     TARGET_LOG2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of (gate, up) + h B: persistent programs over tiles of row blocks, as in `bgmv_expand_kernel`."""
+    """silu(gate) * up of (gate, up) + h B, by persistent programs. Blocks of a single row are cut into tiles, which
+    programs take in turn. Of the tiles of all other blocks a program has a run, mostly of one block: it reads the
+    block's record and h once, and the next tile while it works on one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    ROW_TILES: tl.constexpr = (WIDTH + ROW_N - 1) // ROW_N
     TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     blocks = work_ptr + blocks_at
     num_single = tl.load(work_ptr + 4)
-    total = (tl.load(work_ptr) + tl.load(work_ptr + 6)) * TILES
     splits = 1 << _split_shift(tl.load(work_ptr + 3), 2, TARGET_LOG2, MAX_SHIFT)
+    num_blocks = tl.load(work_ptr) + tl.load(work_ptr + 6) - num_single
     r = tl.arange(0, 16)
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
     stride_h = 2 * max_pages * 8
     stride_plane = plane_rows * stride_h
-    item = tl.program_id(0)
-    first, count, page_at, num_pages, row, page0, page1 = _record(blocks + item // TILES * 8, item < total)
-    for _ in range(tl.program_id(0), total, tl.num_programs(0)):
-        after = item + tl.num_programs(0)
-        next_first, next_count, next_page_at, next_num_pages, next_row, next_page0, next_page1 = _record(
-            blocks + after // TILES * 8, after < total
-        )
+    for item in range(tl.program_id(0), num_single * ROW_TILES, tl.num_programs(0)):
+        first, _, page_at, num_pages, row, page0, page1 = _record(blocks + item // ROW_TILES * 8, True)
+        column = item % ROW_TILES * ROW_N + tl.arange(0, ROW_N)
+        _silu_of_row(
+            x_ptr + row.to(tl.int64) * stride_x, y_ptr + row.to(tl.int64) * WIDTH,
+            h_ptr + first.to(tl.int64) * stride_h, b_ptr, work_ptr + pages_at + page_at,
+            tl.where(r < 8, page0, page1).to(tl.int64), splits, num_pages, column, column < WIDTH, max_pages,
+            stride_page, stride_b, stride_plane, WIDTH, 1 << MAX_SHIFT, PDL,
+        )  # fmt: skip
+    run = tl.cdiv(num_blocks * TILES, tl.num_programs(0))
+    begin = tl.program_id(0) * run
+    end = tl.minimum(begin + run, num_blocks * TILES)
+    for block in range(begin // TILES, tl.cdiv(end, TILES)):
+        first, count, page_at, num_pages, _, page0, page1 = _record(blocks + (num_single + block) * 8, True)
+        tile_begin = tl.maximum(begin - block * TILES, 0)
+        tile_end = tl.minimum(end - block * TILES, TILES)
+        m_seen = m < count
+        rows = tl.load(work_ptr + rows_at + first + m, mask=m_seen, other=0).to(tl.int64)
         pages = tl.where(r < 8, page0, page1).to(tl.int64)
-        page_list = work_ptr + pages_at + page_at
+        column = tile_begin * BLOCK_N + n
+        b_gate, b_up = _two_tiles(
+            b_ptr, pages, 0, num_pages, column, column < WIDTH, stride_page, stride_b, WIDTH
+        )
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        base_gate, base_up = _two_columns(x_ptr, rows, m_seen, column, column < WIDTH, stride_x, WIDTH)
         h_base = h_ptr + first.to(tl.int64) * stride_h
-        column = item % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_seen = column < WIDTH
-        if item // TILES < num_single:
-            _silu_of_row(
-                x_ptr + row.to(tl.int64) * stride_x, y_ptr + row.to(tl.int64) * WIDTH, h_base, b_ptr, page_list, pages,
-                splits, num_pages, column, n_seen, max_pages, stride_page, stride_b, stride_plane, WIDTH,
-                1 << MAX_SHIFT, PDL,
+        h_where = h_base + m[:, None] * stride_h + r[None, :]
+        h_seen = m_seen[:, None] & (r // 8 < num_pages)[None, :]
+        h_gate = _sum_of_splits(h_where, h_seen, splits, stride_plane, 1 << MAX_SHIFT).to(b_gate.dtype)
+        h_up = _sum_of_splits(h_where + max_pages * 8, h_seen, splits, stride_plane, 1 << MAX_SHIFT).to(
+            b_up.dtype
+        )
+        for tile in range(tile_begin, tile_end):
+            column = tile * BLOCK_N + n
+            after = column + BLOCK_N
+            after_seen = (after < WIDTH) & (tile + 1 < tile_end)
+            next_b_gate, next_b_up = _two_tiles(
+                b_ptr, pages, 0, num_pages, after, after_seen, stride_page, stride_b, WIDTH
+            )
+            next_gate, next_up = _two_columns(x_ptr, rows, m_seen, after, after_seen, stride_x, WIDTH)
+            gate, up = _two_products(
+                h_gate, h_up, b_gate, b_up, h_base, b_ptr, work_ptr + pages_at + page_at, splits, num_pages, m_seen,
+                column, column < WIDTH, max_pages, stride_page, stride_b, stride_plane, stride_h, WIDTH,
+                1 << MAX_SHIFT,
             )  # fmt: skip
-        else:
-            _silu_of_rows(
-                x_ptr, y_ptr, h_base, b_ptr, work_ptr + rows_at + first, page_list, pages, splits, count, num_pages,
-                column, n_seen, max_pages, stride_x, stride_page, stride_b, stride_plane, stride_h, WIDTH, BLOCK_M,
-                1 << MAX_SHIFT, PDL,
-            )  # fmt: skip
-        first, count, page_at, num_pages = next_first, next_count, next_page_at, next_num_pages
-        row, page0, page1 = next_row, next_page0, next_page1
-        item = after
+            made = silu_mul_block(
+                (base_gate.to(tl.float32) + gate).to(base_gate.dtype),
+                (base_up.to(tl.float32) + up).to(base_up.dtype),
+            )
+            seen = m_seen[:, None] & (column < WIDTH)[None, :]
+            tl.store(y_ptr + rows[:, None] * WIDTH + column[None, :], made, mask=seen)
+            b_gate, b_up, base_gate, base_up = next_b_gate, next_b_up, next_gate, next_up
     if PDL:
         # A program without work waits too: that this launch is over must mean that the one before it is.
         tl.extra.cuda.gdc_wait()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_kernels.expand_node_kernels import norm_expand_kernel, rope_expand_kernel, silu_expand_kernel
+from lorax_kernels.expand_node_kernels import norm_expand_kernel, silu_expand_kernel
 from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import cdiv, next_power_of_2
@@ -39,7 +39,7 @@ def begin_linear(
     out_slices: tuple[int, ...],
     config: LoraConfig | None = None,
 ) -> tuple[torch.Tensor, Delta | None]:
-    """`lorax_kernels.lora_linear`, which may leave the delta to the node that reads the result; None if it is added.
+    """`lorax_kernels.begin_lora_linear` on a device: with two slices for `silu_mul`, else for `rms_norm`.
 
     The work lists of prefill are cut for other kernels, and beyond `DECODE_MAX_TOKENS` rows reading B for every row
     costs more than a launch.
@@ -48,7 +48,8 @@ def begin_linear(
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
     out, h = linear_and_shrink(x, layer, weights[0], work, config)
     delta = Delta(h, weights[1], work, out_slices)
-    if config.expand == "fused" and work.shape.decode and work.num_tokens <= DECODE_MAX_TOKENS:
+    fuses = config.fuse_silu if len(out_slices) == 2 else config.fuse_norm
+    if fuses and work.shape.decode and work.num_tokens <= DECODE_MAX_TOKENS:
         return out, delta
     delta.add_to(out)
     return out, None
@@ -61,7 +62,7 @@ def rms_norm_expand(
     rows, width = x.shape
     y, total = (torch.empty(rows, width, dtype=x.dtype, device=x.device) for _ in range(2))
     block, at = next_power_of_2(width), delta.work.capacity
-    pdl = delta.h.config.pdl
+    pdl = delta.h.config.fuse_pdl
     norm_expand_kernel[(rows,)](
         x, residual, norm[0], y, total, delta.h.planes, delta.b, delta.work.data, x.stride(0), residual.stride(0),
         norm[1], delta.b.stride(0), delta.b.stride(1), at.tokens_at, at.pages_at, delta.h.planes.shape[1],
@@ -76,43 +77,18 @@ def silu_mul_expand(gate_up: torch.Tensor, delta: Delta) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     config, work = delta.h.config, delta.work
-    at, block_n = work.capacity, min(config.fuse_block_n, next_power_of_2(width))
+    at = work.capacity
+    row_n, block_n = (min(n, next_power_of_2(width)) for n in (config.fuse_row_n, config.fuse_block_n))
     blocks = at.blocks if work.fixed else work.num_blocks + work.num_bare
-    programs = min(num_sms(gate_up.device.index) * config.fuse_waves, blocks * cdiv(width, block_n))
+    tiles = blocks * cdiv(width, min(row_n, block_n))
+    programs = min(num_sms(gate_up.device.index) * config.fuse_waves, tiles)
     silu_expand_kernel[(max(1, programs),)](
         gate_up, y, delta.h.planes, delta.b, work.data, gate_up.stride(0), delta.b.stride(0), delta.b.stride(1),
         at.blocks_at, at.rows_at, at.pages_at, delta.h.planes.shape[1], work.max_pages, WIDTH=width,
-        BLOCK_M=work.shape.block_rows, BLOCK_N=block_n, **_splits(delta), PDL=config.pdl, num_warps=config.fuse_warps,
-        num_stages=1, **launch_options(config.pdl),
+        BLOCK_M=work.shape.block_rows, ROW_N=row_n, BLOCK_N=block_n, **_splits(delta), PDL=config.fuse_pdl,
+        num_warps=config.fuse_warps, num_stages=1, **launch_options(config.fuse_pdl, config.fuse_registers),
     )  # fmt: skip
     return y
-
-
-def rope_and_cache_expand(
-    qkv: torch.Tensor,
-    heads: tuple[int, int],
-    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    cache: tuple[torch.Tensor, torch.Tensor],
-    slot_mapping: torch.Tensor,
-    delta: Delta,
-    normed: tuple[tuple[torch.Tensor, torch.Tensor] | None, float] = (None, 0.0),
-) -> torch.Tensor:
-    """`lorax_kernels.rope_and_cache` of qkv + delta, `normed` being its norms and eps. qkv itself stays without the
-    delta."""
-    norms, eps = normed
-    positions, cos, sin = rope
-    k_cache, v_cache = cache
-    dim, at = k_cache.shape[3], delta.work.capacity
-    q = torch.empty(qkv.shape[0], heads[0], dim, dtype=qkv.dtype, device=qkv.device)
-    block_h, pdl = 4, delta.h.config.pdl
-    rope_expand_kernel[(qkv.shape[0], cdiv(heads[0] + 2 * heads[1], block_h))](
-        qkv, positions, cos, sin, norms[0] if norms else qkv, norms[1] if norms else qkv, slot_mapping, q, k_cache,
-        v_cache, delta.h.planes, delta.b, delta.work.data, qkv.stride(0), cos.stride(0), eps, delta.b.stride(0),
-        delta.b.stride(1), at.tokens_at, at.pages_at, delta.h.planes.shape[1], delta.work.max_pages, HEADS=heads[0],
-        KV_HEADS=heads[1], D=dim, BLOCK_D=next_power_of_2(dim // 2), BLOCK_H=block_h, QK_NORM=norms is not None,
-        **_splits(delta), PDL=pdl, num_warps=2, num_stages=1, **launch_options(pdl),
-    )  # fmt: skip
-    return q
 
 
 def _splits(delta: Delta) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,9 +28,10 @@ class LoraConfig:
     `pdl` lets expand start while shrink still runs (programmatic dependent launch, compute capability 9.0 and up);
     `overlap` runs shrink beside the base layer's product on a second stream: "none", "shrink_first" or "product_first".
 
-    `expand` "fused" leaves the deltas of decode to the nodes after the base layers (`expand_nodes`), instead of
-    "separate"; SiLU and multiplication then has tiles of `fuse_block_n` columns, `fuse_warps` warps a program and
-    `fuse_waves` programs a multiprocessor.
+    `fuse_norm` and `fuse_silu` leave the deltas of decode to the norm or to SiLU and multiplication after the base
+    layer (`expand_nodes`), launched early with `fuse_pdl`. SiLU and multiplication then takes `fuse_row_n` columns of
+    a single row or `fuse_block_n` of up to 16 rows at a time, with `fuse_warps` warps a program, `fuse_registers` a
+    thread at most and `fuse_waves` programs a multiprocessor.
     """
 
     block_k: int = 512
@@ -46,10 +48,14 @@ class LoraConfig:
     expand_registers: int = 0
     pdl: bool = False
     overlap: str = "none"
-    expand: str = "separate"
+    fuse_norm: bool = False
+    fuse_silu: bool = False
+    fuse_pdl: bool = False
+    fuse_row_n: int = 512
     fuse_block_n: int = 128
     fuse_warps: int = 4
-    fuse_waves: int = 4
+    fuse_waves: int = 3
+    fuse_registers: int = 0
     prefill_block_k: int = 128
     prefill_splits: int = 2
     prefill_stages: int = 3
@@ -69,8 +75,10 @@ def _narrowed(config: LoraConfig) -> LoraConfig:
         block_k=max(128, config.block_k // 2),
         row_n=config.row_n // 2,
         block_n=max(32, config.block_n // 2),
+        fuse_row_n=config.fuse_row_n // 2,
         fuse_block_n=max(32, config.fuse_block_n // 2),
         expand_registers=0,
+        fuse_registers=0,
         shrink_registers=0,
         prefill_block_k=32,
         prefill_block_n=max(32, config.prefill_block_n // 2),
@@ -160,9 +168,15 @@ def node_config(device: int | None = None) -> NodeConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def gemm_config(num_tokens: int, device: int | None = None) -> GemmConfig:
-    """The configuration of base layers for `num_tokens` rows on CUDA device `device`."""
-    return _pick(device, "gemm", DEFAULT_GEMM, num_tokens)
+def gemm_config(num_tokens: int, width: int, device: int | None = None, head: bool = False) -> GemmConfig:
+    """The configuration of base layers for `num_tokens` rows on CUDA device `device`.
+
+    `width`, the smaller of a weight's two sizes, is the same for all layers of a model: its hidden size. The entries of
+    the nearest width count. `head` is the product with a vocabulary, which may have entries of its own.
+    """
+    widths = {} if device is None else _gemm_table(device, head)
+    nearest = min(widths, key=lambda known: abs(math.log2(known / width)), default=0)
+    return _choose(widths.get(nearest, {}), "gemm", DEFAULT_GEMM, num_tokens)
 
 
 def forget_configs() -> None:
@@ -206,7 +220,10 @@ def _override(kind: str, known: set[str]) -> dict[str, Any]:
 
 def _pick(device: int | None, kind: str, default: _Config, size: int) -> _Config:
     """The entry for the smallest size that is not under `size`, else the largest."""
-    table = {} if device is None else _table(device, kind)
+    return _choose({} if device is None else _table(device, kind), kind, default, size)
+
+
+def _choose(table: dict[int, dict[str, Any]], kind: str, default: _Config, size: int) -> _Config:
     known = {f.name for f in fields(default)}
     fitting = [entry for entry in table if entry >= size]
     values = table[min(fitting) if fitting else max(table)] if table else {}
@@ -216,8 +233,19 @@ def _pick(device: int | None, kind: str, default: _Config, size: int) -> _Config
 
 @functools.cache
 def _table(device: int, kind: str) -> dict[int, dict[str, Any]]:
+    return {int(size): entry for size, entry in _read(device, kind).get("configs", {}).items()}
+
+
+@functools.cache
+def _gemm_table(device: int, head: bool) -> dict[int, dict[int, dict[str, Any]]]:
+    """By width and rows: {"configs": {width: {rows: entry}}, "head": the same}, where "head" may be missing."""
+    file = _read(device, "gemm")
+    widths = (head and file.get("head")) or file.get("configs", {})
+    return {int(w): {int(rows): entry for rows, entry in sizes.items()} for w, sizes in widths.items()}
+
+
+def _read(device: int, kind: str) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(device)
     path = Path(__file__).parent / "tuned" / f"{kind}_sm{major}{minor}.json"
-    if not path.is_file():
-        return {}
-    return {int(size): entry for size, entry in json.loads(path.read_text())["configs"].items()}
+    table: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return table

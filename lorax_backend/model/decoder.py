@@ -126,7 +126,8 @@ class Decoder:
         for index, layer in enumerate(self.weights.layers):
             sites = self._sites[index]
             normed, x = rms_norm(x, layer.input_norm, eps, block, delta)
-            attended = self._attend(index, normed, positions, attention, lora.qkv, cache)
+            qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
+            attended = self._attend(index, qkv, positions, attention, cache)
             block, delta = sites["o"].begin(layer.o, attended, lora.o)
             normed, x = rms_norm(x, layer.post_norm, eps, block, delta)
             active = silu_mul(*sites["gate_up"].begin(layer.gate_up, normed, lora.gate_up))
@@ -143,19 +144,13 @@ class Decoder:
     def _attend(
         self,
         index: int,
-        x: torch.Tensor,
+        qkv: torch.Tensor,
         positions: torch.Tensor,
         attention: AttentionBatch,
-        lora: LoraBatch | None,
         cache: KvCache,
     ) -> torch.Tensor:
-        """Attention of layer `index`: its input [T, hidden] -> [T, q]. Stores the step's keys and values."""
-        config, layer, site = self.config, self.weights.layers[index], self._sites[index]["qkv"]
-        delta: Delta | None = None
-        if attention.num_decodes == attention.num_sequences:
-            qkv, delta = site.begin(layer.qkv, x, lora)
-        else:  # attention of fresh prompts reads values from qkv too, and not only what is stored
-            qkv = site.project(layer.qkv, x, lora)
+        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q]. Stores the step's keys and values."""
+        config, layer = self.config, self.weights.layers[index]
         layer_cache = cache.keys[index], cache.values[index]
         queries = rope_and_cache(
             qkv,
@@ -165,7 +160,6 @@ class Decoder:
             attention.slot_mapping,
             layer.qk_norms,
             config.rms_norm_eps,
-            delta,
         )
         values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]
         window = config.layer_windows[index]

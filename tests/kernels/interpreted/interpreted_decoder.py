@@ -96,10 +96,10 @@ def nodes_per_layer(launches: Counter[str]) -> float:
     return (sum(launches.values()) - 2) / LAYERS
 
 
-def test_nodes_that_add_the_deltas_leave_13_launches_a_layer_and_give_the_same_logits(
+def test_nodes_that_add_the_deltas_leave_14_launches_a_layer_and_give_the_same_logits(
     decode: Callable[[dict[str, object] | None], tuple[torch.Tensor, Counter[str]]],
 ) -> None:
     want, _ = decode(None)
-    fused, after = decode({"expand": "fused", "fuse_block_n": 32})
+    fused, after = decode({"fuse_norm": True, "fuse_silu": True, "fuse_block_n": 32, "fuse_row_n": 32})
     torch.testing.assert_close(fused, want, atol=1e-4, rtol=1e-4)
-    assert nodes_per_layer(after) == 13 + 1 / LAYERS  # no norm comes after the last layer
+    assert nodes_per_layer(after) == 14 + 1 / LAYERS  # no norm comes after the last layer

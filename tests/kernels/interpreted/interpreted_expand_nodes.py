@@ -20,8 +20,9 @@ from lorax_kernels.expand_nodes import begin_linear
 from lorax_kernels.tuning import LoraConfig
 
 SMALL = LoraConfig(
-    expand="fused", block_k=32, split_shift=2, row_n=64, block_n=32, fuse_block_n=32, fuse_waves=1
-)
+    fuse_norm=True, fuse_silu=True, block_k=32, split_shift=2, row_n=64, block_n=32, fuse_row_n=64, fuse_block_n=32,
+    fuse_waves=1,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +56,6 @@ def test_mixed_batches(node: str) -> None:
 def test_widths_that_are_no_multiple_of_a_block(node: str, width: int) -> None:
     for popularity in ("distinct", "identical"):
         run(make_node_case(node, 3, (8, 20), popularity, width=width))
-
-
-@pytest.mark.parametrize(
-    ("node", "heads", "dim"), [("rope", (9, 3), 64), ("rope with norms", (8, 1), 80)], ids=str
-)
-def test_any_grouping_of_heads(node: str, heads: tuple[int, int], dim: int) -> None:
-    run(make_node_case(node, 2, (8, 20), "distinct", heads=heads, head_dim=dim))
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -99,13 +93,13 @@ def test_one_buffer_serves_batch_after_batch_of_any_mix(node: str) -> None:
 
 
 def test_a_linear_layer_leaves_its_delta_only_where_the_node_can_add_it() -> None:
-    for tokens, expand, left in ((6, "fused", True), (6, "separate", False), (260, "fused", False)):
+    for tokens, fused, left in ((6, True, True), (6, False, False), (260, True, False)):
         lora = make_node_case("silu", tokens, (8, 12), seed=1).lora
         weight = torch.randn(lora.out.shape[1], lora.x.shape[1]) / 8
         batch = lora.batch()
         assert batch is not None
         layer, pair = (weight, None), (lora.a, lora.b)
-        config = replace(SMALL, expand=expand, prefill_block_k=32, prefill_block_n=32)
+        config = replace(SMALL, fuse_silu=fused, prefill_block_k=32, prefill_block_n=32)
         got, delta = begin_linear(lora.x, layer, pair, batch.with_work("cpu"), lora.out_slices, config)
         assert (delta is not None) == left
         if delta is not None:
