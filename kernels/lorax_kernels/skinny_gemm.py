@@ -20,12 +20,15 @@ MAX_ROWS = 32
 _SUM_BLOCK = 512
 _INTERPRETER_SMS = 4
 _LEAST_N = 16  # columns of a program; fewer would read x more often than the weight
+_HEAD_RATIO = (
+    16  # that many times more columns than x has make a weight a vocabulary's; no layer comes near it
+)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`lorax_kernels.linear` on a device: as the table for its number of rows says."""
     if x.dim() == 2 and 1 <= x.shape[0] <= MAX_ROWS:
-        config = gemm_config(x.shape[0], x.device.index)
+        config = _table_entry(x, weight)
         if config.kernel == "triton" and _fits(x, weight):
             return skinny_linear(x, weight, bias, config)
     return F.linear(x, weight, bias)
@@ -53,7 +56,7 @@ def skinny_linear(
             f"skinny_linear: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype}"
         )
     (tokens, width), columns = x.shape, weight.shape[0]
-    config = (config or gemm_config(tokens, x.device.index)).for_itemsize(x.element_size())
+    config = (config or _table_entry(x, weight)).for_itemsize(x.element_size())
     out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     options = launch_options(config.pdl)
     common = {"OUT": columns, "K": width, "HAS_BIAS": bias is not None, "PDL": config.pdl}
@@ -95,6 +98,11 @@ def share(width: int, columns: int, config: GemmConfig, sms: int) -> tuple[int, 
         else:
             break
     return block_n, splits
+
+
+def _table_entry(x: torch.Tensor, weight: torch.Tensor) -> GemmConfig:
+    columns, width = weight.shape
+    return gemm_config(x.shape[0], min(columns, width), x.device.index, columns >= _HEAD_RATIO * width)
 
 
 @functools.cache

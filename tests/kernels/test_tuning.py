@@ -22,7 +22,7 @@ def _fresh_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_device_without_a_table_gets_the_defaults() -> None:
     assert lora_config(32, True) == DEFAULT
     assert node_config() == DEFAULT_NODE
-    assert gemm_config(1).kernel == "blas"
+    assert gemm_config(1, 4096).kernel == "blas"
 
 
 def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_it(
@@ -34,6 +34,29 @@ def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_i
     tuning.forget_configs()
     monkeypatch.setenv("LORAX_LORA_CONFIG", '{"row_n": 256, "overlap": "product_first"}')
     assert lora_config(2, True, 0) == LoraConfig(row_n=256, stages=4, overlap="product_first")
+
+
+def test_products_go_by_the_nearest_width_and_a_vocabulary_by_its_own_entries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entries = {2048: {1: {"block_n": 4}}, 4096: {1: {"block_n": 8}, 16: {"block_n": 64}}}
+    heads = {4096: {16: {"block_n": 128}}}
+    monkeypatch.setattr(tuning, "_gemm_table", lambda device, head: heads if head else entries)
+    asked = [(1, 1024), (1, 2880), (1, 2912), (2, 8192), (32, 4096), (32, 2048)]
+    assert [gemm_config(rows, width, 0).block_n for rows, width in asked] == [4, 4, 8, 64, 64, 4]
+    assert gemm_config(1, 2048, 0, head=True).block_n == 128
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (1, 0)])
+def test_the_tables_that_come_with_the_kernels_can_be_read(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    tuned = capability == (9, 0)
+    tuning._gemm_table.cache_clear()
+    for rows, head in ((1, False), (8, True), (32, False)):
+        assert (gemm_config(rows, 4096, 0, head).kernel == "triton") == tuned
+    tuning._gemm_table.cache_clear()
 
 
 @pytest.mark.parametrize("text", ["pdl=true", '["pdl"]', '{"pld": true}'])
