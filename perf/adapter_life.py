@@ -127,6 +127,7 @@ class Bench:
             max_batch_size=128,
             # On a CPU the cache's memory becomes the process's when it is first written; a small one soon is.
             num_blocks=0 if self.cuda else CPU_BLOCKS,
+            cuda_memory_fraction=self.args.memory_fraction,
             max_active_adapters=ON_DEVICE,
             adapter_pages=ON_DEVICE * pages,
             adapter_host_bytes=host,
@@ -224,6 +225,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--host-gib", type=float, default=3.0, help="most host memory for adapters, page-locked on CUDA"
+    )
+    parser.add_argument(
+        "--memory-fraction", type=float, default=0.9, help="of the GPU, for the engine; less beside others"
     )
     parser.add_argument(
         "--hub-delay-ms", type=float, default=50.0, help="before each answer of the local hub"

@@ -86,14 +86,24 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def gpu_bytes() -> int | None:
-    """Memory in use on the first GPU, None without one."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+def gpu_bytes(pid: int) -> int | None:
+    """GPU memory of a process; that in use on the first GPU where the driver does not tell processes apart; None
+    without a GPU."""
+    processes = _nvidia_smi("--query-compute-apps=pid,used_memory")
+    own = [int(used) for found, used in processes if found == str(pid) and used.isdigit()]
+    whole = [int(used) for (used,) in _nvidia_smi("--query-gpu=memory.used", "--id=0") if used.isdigit()]
+    return sum(own) << 20 if own else whole[0] << 20 if whole else None
+
+
+def _nvidia_smi(*query: str) -> list[list[str]]:
+    """Rows of an answer; none if there is no such program."""
+    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        return int(done.stdout.split()[0]) << 20 if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        return None
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
+    return rows if done.returncode == 0 else []
 
 
 class _Sampler:
@@ -125,7 +135,7 @@ class _Sampler:
             self._add("engine", now, resident_bytes(self._driver.pid))
             if self._driver.pid != own:
                 self._add("driver", now, resident_bytes(own))
-            used = gpu_bytes()
+            used = gpu_bytes(self._driver.pid)
             if used is not None:
                 self._add("gpu", now, used)
             self.peak_known = max(self.peak_known, self._driver.stats.adapter_tiers.get("known", 0))
