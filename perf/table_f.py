@@ -187,6 +187,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             "num_blocks": (args.streams + 8) * (-(-(args.prompt + args.tokens) // 16) + 1),
             "engine_process": "true",
             "log_level": "warning",
+            "cuda_memory_fraction": 0.95,  # both engines are on one GPU
         }
         config = ServerConfig(model_id=str(model), load_format="dummy", default_adapter_source="local",
                               prefix_caching=False, **options)  # fmt: skip
