@@ -24,7 +24,16 @@ RESULTS = ROOT / "perf" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "perf")]
 
 import peers
-from table_text import Table, decode_table, kernel_table, number, prefill_table, served_table, sweep_table
+from table_text import (
+    Table,
+    decode_table,
+    kernel_table,
+    life_table,
+    number,
+    prefill_table,
+    served_table,
+    sweep_table,
+)
 
 from lorax_backend.generated_text import with_part
 
@@ -52,9 +61,12 @@ SWEEP = Source("Adapters registered, 128 streams", ("sweep-llama3-8b-h100.json",
 SERVED = Source(
     "Through tritonserver's gRPC, against the engine alone", ("table_f-llama3-8b-h100.json",), "verdicts"
 )
-SOURCES = (DECODE_8B, DECODE_1B, PREFILL, KERNELS, SWEEP, SERVED)
+LIFE = Source("Adapters coming and going: 200 of them, 32 on the GPU, 64 in host memory; ms",
+              ("adapter_life-llama3-8b-h100.json",), "rows")  # fmt: skip
+SOAK = Source("Ten minutes with 2,000 adapters", ("adapter_soak-llama3-8b-h100.json",), "rows")
+SOURCES = (DECODE_8B, DECODE_1B, PREFILL, KERNELS, SWEEP, SERVED, LIFE, SOAK)
 _MAKE = {"decode": decode_table, "prefill": prefill_table, "lora": kernel_table, "sweep": sweep_table,
-         "verdicts": served_table}  # fmt: skip
+         "verdicts": served_table, "rows": life_table}  # fmt: skip
 # What perf/gpu_all.py leaves, by the name it is kept under.
 _TAKEN = {"kernels-8b": "kernels-llama3-8b", "kernels-1b": "kernels-llama3-1b"}
 _NOT_TAKEN = {"summary", "kernel_tests"}

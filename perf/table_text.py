@@ -165,12 +165,24 @@ def served_table(result: dict[str, Any]) -> Table:
     return Table(f"Through the server, {result['shape']}, {result['streams']} streams", header, rows)
 
 
+def life_table(result: dict[str, Any]) -> Table:
+    """Table D: what adapters cost as they come and go; milliseconds where the number does not say what else."""
+    header = ["workload", "number", "vLLM", "goal", "ours", "goal reached"]
+    rows = [
+        [row["workload"], row["number"], number(row["vllm"]), number(row["goal"]), number(row["ours"]),
+         {True: "reached", False: "missed", None: ""}[row["met"]]]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return Table(f"Adapters coming and going, {result['model']}", header, rows)
+
+
 _TABLES = (
     ("decode", decode_table),
     ("prefill", prefill_table),
     ("lora", kernel_table),
     ("sweep", sweep_table),
     ("verdicts", served_table),
+    ("rows", life_table),
 )
 
 
