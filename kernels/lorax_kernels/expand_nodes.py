@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lorax_kernels.expand_node_kernels import norm_expand_kernel, silu_expand_kernel
-from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, num_sms, work_of
+from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, linear_of_row, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import cdiv, next_power_of_2
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
@@ -46,6 +46,9 @@ def begin_linear(
     """
     work = work_of(batch)
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
+    whole = linear_of_row(x, layer, weights, work, out_slices, config)
+    if whole is not None:
+        return whole, None
     out, h = linear_and_shrink(x, layer, weights[0], work, config)
     delta = Delta(h, weights[1], work, out_slices)
     fuses = config.fuse_silu if len(out_slices) == 2 else config.fuse_norm

@@ -13,7 +13,7 @@ sgmv, for prefill: a unit is 64 rows and two pages with all slices, so that x is
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import next_power_of_2
+from lorax_kernels.skinny_gemm import RowDelta, row_config, skinny_linear
 from lorax_kernels.skinny_gemm import linear as base_linear
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
@@ -172,9 +173,36 @@ def linear(
     """`lorax_kernels.lora_linear` on a device."""
     work = work_of(batch)
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
+    whole = linear_of_row(x, layer, weights, work, out_slices, config)
+    if whole is not None:
+        return whole
     out, h = linear_and_shrink(x, layer, weights[0], work, config)
     expand(h, weights[1], work, out, out_slices)
     return out
+
+
+def linear_of_row(
+    x: torch.Tensor,
+    layer: tuple[torch.Tensor, torch.Tensor | None],
+    weights: tuple[torch.Tensor, torch.Tensor],
+    work: LoraWork,
+    out_slices: tuple[int, ...],
+    config: LoraConfig,
+) -> torch.Tensor | None:
+    """The base layer's output for a single row with its delta, in two launches: shrink, and a product that adds h B.
+    None where the configuration, the number of rows or the tables want another way."""
+    if not config.one_row_in_product or not work.shape.decode or work.num_tokens != 1:
+        return None
+    product = row_config(x, layer[0])
+    if product is None:
+        return None
+    h = shrink(x, weights[0], work, _launched_early(config) if product.pdl else config)
+    return skinny_linear(x, *layer, product, RowDelta(h.planes, h.splits, weights[1], work, out_slices))
+
+
+@functools.cache
+def _launched_early(config: LoraConfig) -> LoraConfig:
+    return replace(config, pdl=True)
 
 
 def linear_and_shrink(

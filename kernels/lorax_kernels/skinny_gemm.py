@@ -8,6 +8,8 @@ float32, rounded once, and without atomics: the same call gives the same bits.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from lorax_kernels.sizes import cdiv
 from lorax_kernels.skinny_gemm_kernels import skinny_row_kernel, skinny_rows_kernel, sum_planes_kernel
 from lorax_kernels.tuning import GemmConfig, gemm_config, launch_options
+from lorax_kernels.worklist import LoraWork
 
 MAX_ROWS = 32
 _SUM_BLOCK = 512
@@ -23,6 +26,46 @@ _LEAST_N = 16  # columns of a program; fewer would read x more often than the we
 _HEAD_RATIO = (
     16  # that many times more columns than x has make a weight a vocabulary's; no layer comes near it
 )
+
+
+@dataclass(frozen=True, slots=True)
+class RowDelta:
+    """What an adapter adds to a product of one row: h B, or nothing where the row has no adapter.
+
+    `planes` is h as shrink writes it, for `work`, with `splits` as in `lora_triton.Shrunk`; `b` is [P, 8, out] and
+    contiguous in columns.
+    """
+
+    planes: torch.Tensor
+    splits: tuple[int, int]
+    b: torch.Tensor
+    work: LoraWork
+    out_slices: tuple[int, ...]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        at = self.work.capacity
+        return (
+            self.planes, self.b, self.work.data, self.b.stride(0), self.b.stride(1), at.tokens_at, at.pages_at,
+            self.planes.shape[1], self.work.max_pages,
+        )  # fmt: skip
+
+    @property
+    def constants(self) -> dict[str, int]:
+        w0, w1 = (*self.out_slices, 0)[:2]
+        shift, target = self.splits
+        return {"W0": w0, "W1": w1, "S": len(self.out_slices), "MAX_SHIFT": shift, "TARGET_LOG2": target}
+
+
+_NO_DELTA = {"W0": 0, "W1": 0, "S": 0, "MAX_SHIFT": 0, "TARGET_LOG2": 0}
+
+
+def row_config(x: torch.Tensor, weight: torch.Tensor) -> GemmConfig | None:
+    """How x [1, in] is multiplied by a kernel that can add a `RowDelta`; None if another multiplies it."""
+    if x.dim() != 2 or x.shape[0] != 1 or not _fits(x, weight):
+        return None
+    config = _table_entry(x, weight)
+    return config if config.kernel == "triton" else None
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,7 +78,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, config: GemmConfig | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+    delta: RowDelta | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias for few rows, whatever `config.kernel` says.
 
@@ -44,6 +91,7 @@ def skinny_linear(
         weight: [out, in], contiguous, in a multiple of 16, of the same type.
         bias: [out] or None.
         config: the table's entry if None.
+        delta: added to the rounded product, and the sum rounded again, as `lora_triton.expand` would; for one row.
 
     Returns:
         [T, out], of x's type.
@@ -56,6 +104,10 @@ def skinny_linear(
             f"skinny_linear: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype}"
         )
     (tokens, width), columns = x.shape, weight.shape[0]
+    if delta is not None and (
+        tokens != 1 or sum(delta.out_slices) != columns or len(delta.out_slices) > 3 or delta.b.stride(2) != 1
+    ):
+        raise ValueError(f"skinny_linear: a delta of slices {delta.out_slices} for {tokens} x {columns}")
     config = (config or _table_entry(x, weight)).for_itemsize(x.element_size())
     out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     options = launch_options(config.pdl)
@@ -63,8 +115,9 @@ def skinny_linear(
     given_bias = bias if bias is not None else x
     if tokens == 1:
         skinny_row_kernel[(cdiv(columns, config.block_n),)](
-            x, weight, given_bias, out, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            STAGES=min(2, config.stages), num_warps=config.warps, num_stages=1, **common, **options,
+            x, weight, given_bias, out, *(delta.arguments if delta else (x, x, x, 0, 0, 0, 0, 0, 0)),
+            BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=min(2, config.stages), num_warps=config.warps,
+            num_stages=1, **(delta.constants if delta else _NO_DELTA), **common, **options,
         )  # fmt: skip
         return out
     block_n, splits = share(width, columns, config, _num_sms(x.device.index))

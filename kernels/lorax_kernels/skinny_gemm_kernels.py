@@ -4,12 +4,18 @@ Reading the weight is all that such a product costs. With PDL a program asks for
 which no kernel writes, while the launch before it still runs, and waits for that launch only before it reads x: the
 device then reads from memory through the gaps between launches. The launch after it may begin at once for the same
 reason; it waits in its turn.
+
+A product of one row may add the row's LoRA delta h B as well. Shrink is then the launch before it, beside which its
+first reads run, and expand is no launch. What is added to what, and where it is rounded, is as expand does it.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from lorax_kernels.expand_node_kernels import _LISTED, _token_record
+from lorax_kernels.lora_kernels import _split_shift
 
 
 @triton.jit
@@ -46,13 +52,38 @@ def _weight_tile(
 
 
 @triton.jit
+def _two_pages(b_ptr, page_list, j, num_pages, n, n_seen, stride_page, stride_b):
+    """B of pages j and j + 1, [16, columns]."""
+    r = tl.arange(0, 16)
+    seen = j + r // 8 < num_pages
+    pages = tl.load(page_list + j + r // 8, mask=seen, other=0).to(tl.int64)
+    where = (pages * stride_page + r % 8 * stride_b)[:, None] + n[None, :]
+    return tl.load(b_ptr + where, mask=seen[:, None] & n_seen[None, :], other=0.0)
+
+
+@triton.jit
+def _delta_of_pages(h_where, b, j, num_pages, n_seen, splits, stride_plane, MAX_SPLITS: tl.constexpr):
+    """h B of pages j and j + 1; `h_where` is where h of every column's slice begins, [columns]."""
+    r = tl.arange(0, 16)
+    seen = (j + r // 8 < num_pages)[:, None] & n_seen[None, :]
+    h = tl.zeros(b.shape, dtype=tl.float32)
+    for split in tl.static_range(MAX_SPLITS):
+        where = h_where[None, :] + split * stride_plane + (j * 8 + r)[:, None]
+        h += tl.load(where, mask=seen & (split < splits), other=0.0)
+    return tl.sum(h * b.to(tl.float32), axis=0)
+
+
+@triton.jit(do_not_specialize=_LISTED)
 def skinny_row_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr,
+    x_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, b_ptr, work_ptr, stride_page, stride_b, tokens_at, pages_at, plane_rows,
+    max_pages,
     OUT: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PDL: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, S: tl.constexpr,
+    MAX_SHIFT: tl.constexpr, TARGET_LOG2: tl.constexpr,
 ):  # fmt: skip
     """One row times the weight: a program has BLOCK_N columns of the result, and `STAGES` (1 or 2) tiles of the
-    weight in registers on their way while it uses another."""
+    weight in registers on their way while it uses another. With S slices, of which the first are W0 and W1 wide, the
+    row's delta is added; with none, what is about h and B is ignored."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -64,6 +95,15 @@ def skinny_row_kernel(
     far = near
     if STAGES > 1:
         far = _weight_tile(w_rows, 0, 1, K, STEPS, BLOCK_K, EVEN)
+    if S > 0:
+        # The list says where B is, and no read of the weight may come after waiting for that.
+        tl.debug_barrier()
+        _, page_list, num_pages, _ = _token_record(work_ptr, tokens_at, pages_at, 0)
+        splits = 1 << _split_shift(tl.load(work_ptr + 3), S, TARGET_LOG2, MAX_SHIFT)
+        stride_plane = plane_rows * S * max_pages * 8
+        which = (n >= W0).to(tl.int32) + (n >= W0 + W1).to(tl.int32)
+        h_where = h_ptr + which * max_pages * 8  # an only row with an adapter is h's first
+        b = _two_pages(b_ptr, page_list, 0, num_pages, n, n < OUT, stride_page, stride_b)
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_K // 8), dtype=tl.float32)
@@ -84,7 +124,15 @@ def skinny_row_kernel(
     total = tl.sum(acc, axis=1)
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, total.to(out_ptr.dtype.element_ty), mask=n < OUT)
+    made = total.to(out_ptr.dtype.element_ty)
+    if S > 0:
+        # Not before: h on its way would take registers from tiles of the weight.
+        delta = _delta_of_pages(h_where, b, 0, num_pages, n < OUT, splits, stride_plane, 1 << MAX_SHIFT)
+        for j in range(2, num_pages, 2):
+            b = _two_pages(b_ptr, page_list, j, num_pages, n, n < OUT, stride_page, stride_b)
+            delta += _delta_of_pages(h_where, b, j, num_pages, n < OUT, splits, stride_plane, 1 << MAX_SHIFT)
+        made = (made.to(tl.float32) + delta).to(made.dtype)
+    tl.store(out_ptr + n, made, mask=n < OUT)
 
 
 @triton.jit(do_not_specialize=("tokens",))

@@ -32,6 +32,9 @@ class LoraConfig:
     layer (`expand_nodes`), launched early with `fuse_pdl`. SiLU and multiplication then takes `fuse_row_n` columns of
     a single row or `fuse_block_n` of up to 16 rows at a time, with `fuse_warps` warps a program, `fuse_registers` a
     thread at most and `fuse_waves` programs a multiprocessor.
+
+    With `one_row_in_product` the product of a single row adds the delta itself, where a Triton kernel computes it
+    (`GemmConfig`); this goes before `overlap` and before leaving deltas to nodes.
     """
 
     block_k: int = 512
@@ -48,6 +51,7 @@ class LoraConfig:
     expand_registers: int = 0
     pdl: bool = False
     overlap: str = "none"
+    one_row_in_product: bool = False
     fuse_norm: bool = False
     fuse_silu: bool = False
     fuse_pdl: bool = False
