@@ -40,6 +40,7 @@ from kernels_attention import ATTENTION_CHOICES, ATTENTION_PREFILL_CHOICES, ATTE
 from kernels_lora import (
     EXPAND_CHOICES,
     MODE_CHOICES,
+    ONE_ROW_CHOICES,
     PREFILL_EXPAND_CHOICES,
     PREFILL_SHRINK_CHOICES,
     ROWS,
@@ -193,10 +194,12 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
         raise SystemExit(f"no numbers: {error}\n(--unchecked measures all the same, and says so)") from error
 
 
+_SEPARATE = {"fuse_norm": False, "fuse_silu": False, "one_row_in_product": False}
 FORMS: dict[str, dict[str, Any]] = {
-    "separate": {"fuse_norm": False, "fuse_silu": False},
-    "fused": {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": False},
-    "fused, early": {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": True},
+    "separate": _SEPARATE,
+    "fused": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": False},
+    "fused, early": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": True},
+    "one row in the product": _SEPARATE | {"one_row_in_product": True},
 }
 """Fields of the configuration that stand for each form of decode's expand."""
 
@@ -247,12 +250,16 @@ def search_lora(
             stages = [SHRINK_CHOICES, EXPAND_CHOICES, MODE_CHOICES]
             separate = tune(bench, listed, replace(DEFAULT, pdl=True), stages, log)
         else:
-            kept = replace(lora_config(size, True, 0), fuse_norm=False, fuse_silu=False)
+            kept = replace(lora_config(size, True, 0), **_SEPARATE)
             separate = tune(bench, listed, kept, [[{}]], log)
         start = replace(separate[1], fuse_norm=True, fuse_silu=True)
         fused = tune(bench, listed, start, [FUSE_MODE_CHOICES, FUSE_CHOICES, FUSE_WHERE_CHOICES], log)
-        print(f"  expand separate {separate[0]:.3f}, best {fused[0]:.3f}", flush=True)
-        found[size] = min(separate, fused, key=lambda pair: pair[0])[1]
+        ways = [separate, fused]
+        if tokens == 1:
+            kept = replace(separate[1], one_row_in_product=True)
+            ways.append(tune(bench, listed, kept, [ONE_ROW_CHOICES], log))
+        print("  best each way: " + ", ".join(f"{score:.3f}" for score, _ in ways), flush=True)
+        found[size] = min(ways, key=lambda pair: pair[0])[1]
     if not everything:
         found[16384] = lora_config(16384, False, 0)
         return found
