@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lorax_backend.adapters.host_adapter import HostAdapter
+from lorax_backend.adapters.parallel import WORKERS, in_parallel
 from lorax_backend.adapters.peft_config import PeftConfig, read_peft_config
 from lorax_backend.adapters.tensor_names import LORA_A, LORA_B, TensorName, parse_tensor_name
 from lorax_backend.adapters.weight_files import CONFIG_NAME, choose_weight_names
@@ -103,7 +104,7 @@ class AdapterPlan:
         problems = _Problems()
         if pages is None:
             pages = torch.empty(self.num_pages, self.layout.page_size, dtype=self.dtype)
-        _fill_pages(self, pages.zero_(), problems)
+        _fill_pages(self, pages, problems)
         problems.raise_if_any(self.folder)
         sites = frozenset(module.target.site for module in self.modules.values())
         return HostAdapter(pages=pages, rank=self.rank, sites=sites, modules=tuple(sorted(self.modules)))
@@ -247,26 +248,66 @@ def _check_against_config(
 
 
 def _fill_pages(plan: AdapterPlan, pages: torch.Tensor, problems: _Problems) -> None:
-    layout, modules = plan.layout, plan.modules
-    views = {
-        site: (layout.a_view(pages, site), layout.b_view(pages, site), layout.sites[site].out_slices)
-        for site in {module.target.site for module in modules.values()}
-    }
-    for module, a, b in _read_weights(modules, plan.stamps, problems):
-        a_view, b_view, slices = views[module.target.site]
-        offset = sum(slices[: module.target.slice])
-        a_slice = a_view[:, module.target.slice]
-        b_slice = b_view[:, :, offset : offset + module.target.out_features]
-        b_scaled = (b.to(torch.float32) * module.scaling).t()
-        for page in range(pages_for_rank(module.rank)):
-            first, last = page * PAGE_RANK, min((page + 1) * PAGE_RANK, module.rank)
-            a_slice[page, : last - first] = a[first:last]
-            b_slice[page, : last - first] = b_scaled[first:last]
-        for part, view in ((module.a, a_slice), (module.b, b_slice)):
-            if part is not None and not _is_finite(view):
-                problems.add_tensor(
-                    part, f"holds NaN or infinity as {str(plan.dtype).removeprefix('torch.')}"
-                )
+    """Write every element of `pages`: weights where there are some, zeros elsewhere."""
+    weights = list(_read_weights(plan.modules, plan.stamps, problems))
+    if problems.general:
+        return
+    for site in plan.layout.sites:
+        _clear_unless_filled(plan, pages, site)
+    broken: list[StoredTensor] = []
+    # Few and long pieces of work: between its calls of torch each thread needs the interpreter, which the engine does.
+    share = -(-len(weights) // (2 * WORKERS))
+
+    def fill(begin: int) -> None:
+        for module, a, b in weights[begin : begin + share]:
+            broken.extend(_fill_module(plan, pages, module, a, b))
+
+    in_parallel(fill, range(0, len(weights), share))
+    for tensor in broken:
+        problems.add_tensor(tensor, f"holds NaN or infinity as {str(plan.dtype).removeprefix('torch.')}")
+
+
+def _clear_unless_filled(plan: AdapterPlan, pages: torch.Tensor, site: str) -> None:
+    """Zero a site's share of the pages, unless its modules will write all of it."""
+    ranks = [module.rank for module in plan.modules.values() if module.target.site == site]
+    slices = plan.layout.sites[site].out_slices
+    if len(ranks) == len(slices) and all(rank == PAGE_RANK * plan.num_pages for rank in ranks):
+        return
+    plan.layout.a_view(pages, site).zero_()
+    plan.layout.b_view(pages, site).zero_()
+
+
+def _fill_module(
+    plan: AdapterPlan, pages: torch.Tensor, module: _Module, a: torch.Tensor, b: torch.Tensor
+) -> list[StoredTensor]:
+    """Put one module's A and B in their place; those of the two that are not finite there."""
+    target, slices = module.target, plan.layout.sites[module.target.site].out_slices
+    offset = sum(slices[: target.slice])
+    a_slice = plan.layout.a_view(pages, target.site)[:, target.slice]
+    b_slice = plan.layout.b_view(pages, target.site)[:, :, offset : offset + target.out_features]
+    whole, rest = divmod(module.rank, PAGE_RANK)
+    if whole:
+        last = whole * PAGE_RANK
+        a_slice[:whole] = a[:last].view(whole, PAGE_RANK, -1)
+        _scaled(
+            b[:, :last].unflatten(1, (whole, PAGE_RANK)).permute(1, 2, 0), module.scaling, b_slice[:whole]
+        )
+    if rest:
+        a_slice[whole, :rest] = a[-rest:]
+        _scaled(b[:, -rest:].t(), module.scaling, b_slice[whole, :rest])
+    return [
+        part
+        for part, view in ((module.a, a_slice), (module.b, b_slice))
+        if part is not None and not _is_finite(view[: whole + bool(rest)])
+    ]
+
+
+def _scaled(b: torch.Tensor, scaling: float, out: torch.Tensor) -> None:
+    """out = b * scaling, multiplied in float32 and rounded once, as torch does for all narrower types by itself."""
+    if b.dtype == out.dtype:
+        torch.mul(b, scaling, out=out)
+    else:
+        out.copy_(b.to(torch.float32).mul_(scaling))
 
 
 def _read_weights(
@@ -306,5 +347,8 @@ def _stamp(file: Path) -> _Stamp | None:
 
 
 def _is_finite(view: torch.Tensor) -> bool:
+    # A sum is one pass at the speed of memory. Finite numbers whose sum overflows are looked at again.
+    if math.isfinite(view.sum(dtype=torch.float32).item()):
+        return True
     low, high = torch.aminmax(view)  # NaN propagates to both
     return math.isfinite(low.item()) and math.isfinite(high.item())

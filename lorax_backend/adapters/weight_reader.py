@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
+import math
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lorax_backend.adapters.parallel import WORKERS, in_parallel
 from lorax_backend.adapters.weight_files import PICKLE_NAME
 
-_PICKLE_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-}
+_LEAST_PART = 4 << 20
+_MAX_HEADER = 100_000_000  # bytes, as in the format's specification
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+_PICKLE_DTYPES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WeightFileError(Exception):
@@ -63,18 +65,79 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file. It is read, not mapped: a mapped file cut short meanwhile kills the process.
+    """All tensors of a file. It is read, not mapped: a mapped file cut short meanwhile kills the process. Those of
+    safetensors share one buffer, which lives as long as one of them.
 
     Raises:
         WeightFileError: it is damaged, truncated, of another format, or a pickle of anything but tensors.
     """
     try:
-        data = file.read_bytes()
         if file.name != PICKLE_NAME:
-            return safetensors.torch.load(data)
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            return _views(_read_whole(file))
+        data = io.BytesIO(file.read_bytes())
+        loaded = torch.load(data, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        pickle.UnpicklingError,
+    ) as error:
         raise WeightFileError(str(error).partition("\n")[0]) from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise WeightFileError("it holds something else than named tensors")
     return {str(name): tensor for name, tensor in loaded.items()}
+
+
+def _read_whole(file: Path) -> torch.Tensor:
+    """The bytes of a file, read in parts side by side: most of the time goes into memory that is touched first."""
+    with file.open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        data = torch.empty(size, dtype=torch.uint8)
+        part = max(_LEAST_PART, -(-size // WORKERS))
+
+        def read(begin: int) -> None:
+            view = data.numpy().data[begin : begin + part]
+            while view:
+                count = os.preadv(opened.fileno(), [view], begin)
+                if not count:
+                    raise ValueError("it ends too soon")
+                view, begin = view[count:], begin + count
+
+        in_parallel(read, range(0, size, part))
+    return data
+
+
+def _views(data: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors in the bytes of a safetensors file, without a copy: the library's own reader copies every tensor
+    twice while it keeps all other threads of the process from running.
+
+    Raises:
+        ValueError, TypeError, LookupError: the header is not what the format's specification says, or its offsets do
+            not fit the file.
+    """
+    length = int.from_bytes(data[:8].numpy().tobytes(), "little")
+    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(data[8 : 8 + length].numpy().tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("its header names no tensors")
+    body = data[8 + length :]
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+        if dtype is None:
+            continue  # of a type that no weight has, which the header was refused for if it matters
+        if not 0 <= begin <= end <= len(body) or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} does not fit the file")
+        part = body[begin:end]
+        # Files of other writers may begin their data anywhere; a view needs its elements aligned.
+        if part.storage_offset() % dtype.itemsize:
+            part = part.clone()
+        found[name] = part.view(dtype).view(shape)
+    return found

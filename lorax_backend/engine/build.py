@@ -42,6 +42,10 @@ def build_engine(config: ServerConfig, model_path: Path, progress: Callable[[str
     started = time.monotonic()
     weights = parse_weights(config.adapter_weights)
     runner = TorchModelRunner(config, model_path, progress)
+    if runner.device.type == "cuda":
+        # A step computes nothing on processors, and threads that lay out adapters, each with a team of its own, would
+        # keep the step's thread from running.
+        runner.use_one_processor_a_thread()
     try:
         targets = lora_targets(runner.model_config)
         adapters = AdapterManager(config, targets, runner.layout, runner.dtype, runner.arena)

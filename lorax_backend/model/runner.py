@@ -197,6 +197,11 @@ class TorchModelRunner:
             prefill_graph_tokens=self._prefill_graphs.sizes if self._prefill_graphs is not None else (),
         )
 
+    @staticmethod
+    def use_one_processor_a_thread() -> None:
+        """Have torch compute with one processor in each thread of this process."""
+        torch.set_num_threads(1)
+
     def close(self) -> None:
         """Free the device memory; the runner cannot be used afterwards."""
         for name in (
