@@ -74,9 +74,10 @@ class Work:
         return [self._request(seed, "", 4)]
 
     def newcomers(self, seed: int) -> list[Request]:
-        """All but `probes` of the streams decode; the others come one by one, `probe_gap_s` apart."""
+        """Three quarters of the streams decode; newcomers come one by one, `probe_gap_s` apart. Of the last eighth of
+        rows the scheduler gives nothing to who has more than a share, so with more they would wait for room."""
         args = self._args
-        residents = self.streams("base", seed)[: args.streams - args.probes]
+        residents = self.streams("base", seed)[: args.streams - max(args.probes, args.streams // 4)]
         probes = [self._request(seed + 5000 + i, "", 4) for i in range(args.probes)]
         for index, probe in enumerate(probes):
             probe.delay_s = args.probe_after_s + index * args.probe_gap_s
