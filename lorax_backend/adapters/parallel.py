@@ -1,4 +1,4 @@
-"""Threads that share the work of one adapter: reading it and laying it out takes longer than bringing it to a GPU."""
+"""Threads that read one file side by side, where each may read for long without needing the interpreter."""
 
 from __future__ import annotations
 
