@@ -68,7 +68,12 @@ SOURCES = (DECODE_8B, DECODE_1B, PREFILL, KERNELS, SWEEP, SERVED, LIFE, SOAK)
 _MAKE = {"decode": decode_table, "prefill": prefill_table, "lora": kernel_table, "sweep": sweep_table,
          "verdicts": served_table, "rows": life_table}  # fmt: skip
 # What perf/gpu_all.py leaves, by the name it is kept under.
-_TAKEN = {"kernels-8b": "kernels-llama3-8b", "kernels-1b": "kernels-llama3-1b"}
+_TAKEN = {
+    "kernels-8b": "kernels-llama3-8b",
+    "kernels-1b": "kernels-llama3-1b",
+    "gemm-8b": "gemm-llama3-8b",
+    "gemm-1b": "gemm-llama3-1b",
+}
 _NOT_TAKEN = {"summary", "kernel_tests"}
 
 

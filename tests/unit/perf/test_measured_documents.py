@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from plots import PICTURES, RESULTS, digest, draw, drawn_from
-from readme_table import SOURCES, documents, find, main, replaced, take
+from readme_table import DECODE_8B, SOURCES, documents, find, main, replaced, take
 
 SWEEP = {
     "environment": {"gpu": "none"}, "command": "python perf/engine_tables.py sweep", "shape": "llama3-8b",
@@ -33,7 +33,9 @@ def test_another_number_makes_another_document(tmp_path: Path) -> None:
     for name in ("README.md", "perf/results/README.md"):
         (tmp_path / name).write_text((RESULTS.parents[1] / name).read_text())
     assert all(path.read_text() == text for path, text in documents(tmp_path))
-    engine = results / "engine-llama3-8b-h100.json"
+    measured = find(DECODE_8B)
+    assert measured is not None
+    engine = results / measured[0]
     changed = json.loads(engine.read_text())
     changed["decode"][0]["ms_p50"] += 1.0
     engine.write_text(json.dumps(changed))
