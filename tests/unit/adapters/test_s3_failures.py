@@ -60,10 +60,14 @@ def test_a_download_that_trickles_ends_with_its_time_and_the_next_goes_on(
 ) -> None:
     enough = threading.Event()
     s3.add_fault(GET_WEIGHTS, trickle=enough)
-    begun = time.monotonic()
-    message = failure(source(disk, deadline_s=0.3), AdapterDownloadError)
+    # On a busy machine the time may be over before the weights are asked for.
+    for deadline_s in (0.3, 2.0, 10.0):
+        begun = time.monotonic()
+        message = failure(source(disk, deadline_s=deadline_s), AdapterDownloadError)
+        assert f"within {deadline_s:g} s" in message
+        if s3.count(GET_WEIGHTS):
+            break
     assert time.monotonic() - begun < len(files[WEIGHTS]) * 0.02, "it did not wait for the file"
-    assert "within 0.3 s" in message
     assert disk.entries() == [], "half an adapter is none"
     enough.set()
     assert (source(disk).fetch(REF, None).folder / WEIGHTS).read_bytes() == files[WEIGHTS]

@@ -79,9 +79,13 @@ def test_a_download_that_trickles_is_given_up_and_the_same_adapter_can_be_had_la
 ) -> None:
     s3.put("loras", "slow", read_files(make_adapter()))
     s3.add_fault(f"GET /loras/slow/{WEIGHTS}", trickle=threading.Event())
-    error = make_server(adapter_load_timeout_s=0.5).error(ref("slow"))
-    assert isinstance(error, AdapterDownloadError)
-    assert "0.5 s" in error.message
+    # On a busy machine the time may be over before the weights are asked for.
+    for limit in (0.5, 3.0, 15.0):
+        error = make_server(adapter_load_timeout_s=limit).error(ref("slow"))
+        assert isinstance(error, AdapterDownloadError)
+        assert f"{limit:g} s" in error.message
+        if s3.count(f"GET /loras/slow/{WEIGHTS}"):
+            break
     # It waits for the first server's thread, which must end too, and let go of the files.
     server = make_server()
     server.get(ref("slow"))
