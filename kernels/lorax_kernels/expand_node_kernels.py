@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorax_kernels.fused_triton import silu_mul_block
+from lorax_kernels.fused_triton import silu_mul_block, store_normed
 from lorax_kernels.lora_kernels import _record, _split_shift
 
 _LISTED = ("tokens_at", "pages_at", "plane_rows", "max_pages")
@@ -82,10 +82,7 @@ def norm_expand_kernel(
     x = (x.to(tl.float32) + acc).to(x.dtype)
     x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
     tl.store(sum_ptr + row * WIDTH + column, x, mask=seen)
-    wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
-    y = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
-    tl.store(y_ptr + row * WIDTH + column, y.to(x.dtype), mask=seen)
+    store_normed(x, weight, y_ptr, row, column, seen, eps, WIDTH)
 
 
 @triton.jit

@@ -16,11 +16,22 @@ from lorax_kernels.tuning import launch_options, node_config
 
 
 @triton.jit
-def norm_row(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, row, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
+def store_normed(x, weight, y_ptr, row, column, seen, eps, WIDTH: tl.constexpr):
+    """RMS norm of one row, `x` and `weight` [columns], to its place in y."""
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
+    y = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
+    tl.store(y_ptr + row * WIDTH + column, y.to(x.dtype), mask=seen)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm one row and store it; its factor 1 / rms."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     seen = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=seen, other=0.0)
@@ -31,24 +42,7 @@ def norm_row(
         residual = tl.load(residual_ptr + row * stride_residual + column, mask=seen, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(sum_ptr + row * WIDTH + column, x, mask=seen)
-    wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
-    y = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
-    tl.store(y_ptr + row * WIDTH + column, y.to(x.dtype), mask=seen)
-    return scale
-
-
-@triton.jit
-def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    norm_row(
-        x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, tl.program_id(0).to(tl.int64), stride_x, stride_residual,
-        eps, WIDTH, BLOCK, HAS_RESIDUAL, PDL,
-    )  # fmt: skip
+    store_normed(x, weight, y_ptr, row, column, seen, eps, WIDTH)
 
 
 @triton.jit
