@@ -12,6 +12,7 @@ from adapter_files import SMOLLM2, TINY, Base, lora_config, lora_tensors, make_b
 from hub_server import HubServer
 
 if TYPE_CHECKING:
+    from adapter_server import AdapterServer
     from s3_server import S3Server
 
 
@@ -73,3 +74,25 @@ def make_adapter(tmp_path: Path, tiny: Base) -> Callable[..., Path]:
         return write_adapter(tmp_path / name, lora_config(modules, rank, **changes), made)
 
     return make
+
+
+@pytest.fixture
+def make_server(
+    request: pytest.FixtureRequest, tiny: Base, tmp_path: Path
+) -> Iterator[Callable[..., AdapterServer]]:
+    """`make_server(**options)` -> a server with an empty disk cache, which the test's servers share."""
+    from adapter_server import AdapterServer
+
+    # A server closes before what it loads from, and finds it in the environment from the start.
+    for name in ("hub", "s3"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name)
+    servers: list[AdapterServer] = []
+
+    def make(**options: Any) -> AdapterServer:
+        servers.append(AdapterServer(tiny, tmp_path / "disk", **options))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.manager.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,6 @@ from lorax_backend.errors import (
     AdapterNotFoundError,
 )
 from lorax_backend.types import AdapterRef
-
-
-@pytest.fixture
-def make_server(tiny: Base, tmp_path: Path, hub: HubServer) -> Iterator[Callable[..., AdapterServer]]:
-    servers: list[AdapterServer] = []
-
-    def make(**options: Any) -> AdapterServer:
-        servers.append(AdapterServer(tiny, tmp_path / "disk", **options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.manager.close()
 
 
 @pytest.fixture

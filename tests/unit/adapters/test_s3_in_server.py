@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from adapter_files import Base, lora_tensors, read_files
 from adapter_server import AdapterServer
@@ -27,19 +26,6 @@ def ref(name: str) -> AdapterRef:
 
 def target(name: str) -> dict[str, Any]:
     return {"adapter_id": f"loras/{name}", "adapter_source": "s3"}
-
-
-@pytest.fixture
-def make_server(tiny: Base, tmp_path: Path, s3: S3Server) -> Iterator[Callable[..., AdapterServer]]:
-    servers: list[AdapterServer] = []
-
-    def make(**options: Any) -> AdapterServer:
-        servers.append(AdapterServer(tiny, tmp_path / "disk", **options))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.manager.close()
 
 
 def page(server: AdapterServer, name: str) -> torch.Tensor:
