@@ -118,31 +118,58 @@ class WorkBuffer:
         max_pages: pages of the largest adapter admitted.
         ring: host copies kept, at least the number of steps that may be in flight, so that none is overwritten
             while the device still reads it.
+        data: int32 [`capacity_for(...).size`] on the device, part of somebody else's memory. That one calls `place`
+            before every list with the part of the host's memory to fill, and takes it to the device.
     """
 
-    def __init__(self, num_tokens: int, max_pages: int, device: torch.device | str, ring: int = 4) -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        max_pages: int,
+        device: torch.device | str,
+        ring: int = 4,
+        data: torch.Tensor | None = None,
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.shape = WorkShape.for_tokens(min(num_tokens, DECODE_MAX_TOKENS))
+        self.max_pages = max_pages
+        self.capacity = self.capacity_for(num_tokens, max_pages)
+        device = torch.device(device)
+        self._placed = data is not None
+        self._ring: list[torch.Tensor] = []
+        self._next = 0
+        if data is None:
+            data = torch.zeros(self.capacity.size, dtype=torch.int32, device=device)
+            pinned = device.type == "cuda"
+            self._ring = [
+                torch.zeros(self.capacity.size, dtype=torch.int32, pin_memory=pinned) for _ in range(ring)
+            ]
+        self.data = data
+
+    @staticmethod
+    def capacity_for(num_tokens: int, max_pages: int) -> WorkCapacity:
+        """Room for any list of this many rows."""
         if num_tokens > GRAPH_MAX_TOKENS:
             raise ValueError(
                 f"num_tokens: {num_tokens} is more than a work buffer holds ({GRAPH_MAX_TOKENS})"
             )
-        self.num_tokens = num_tokens
-        self.shape = WorkShape.for_tokens(min(num_tokens, DECODE_MAX_TOKENS))
-        self.max_pages = max_pages
         pairs = num_tokens * max_pages
-        self.capacity = WorkCapacity(num_tokens, num_tokens, pairs, pairs, num_tokens)
-        device = torch.device(device)
-        self.data = torch.zeros(self.capacity.size, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        self._ring = [
-            torch.zeros(self.capacity.size, dtype=torch.int32, pin_memory=pinned) for _ in range(ring)
-        ]
-        self._next = 0
+        return WorkCapacity(num_tokens, num_tokens, pairs, pairs, num_tokens)
+
+    def place(self, host: torch.Tensor) -> None:
+        """Write the next list to `host`, int32 [capacity.size]."""
+        self._ring, self._next = [host], 0
 
     def host(self) -> torch.Tensor:
         """The next host copy to fill."""
         buffer = self._ring[self._next]
         self._next = (self._next + 1) % len(self._ring)
         return buffer
+
+    def send(self, host: torch.Tensor) -> None:
+        """Take a filled host copy to the device, unless its owner does."""
+        if not self._placed:
+            self.data.copy_(host, non_blocking=True)
 
 
 def build_work(
@@ -214,7 +241,10 @@ def build_work(
         (capacity.tokens_at, by_token),
     ):
         flat[at : at + part.size] = part.reshape(-1)
-    data.copy_(host, non_blocking=True)
+    if buffer is not None:
+        buffer.send(host)
+    else:
+        data.copy_(host, non_blocking=True)
     return LoraWork(
         data=data,
         capacity=capacity,
