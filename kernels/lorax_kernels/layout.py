@@ -50,6 +50,14 @@ class PageLayout:
             end = _aligned(end + PAGE_RANK * site.out_features)
         self.page_size = end  # elements
 
+    def a_offset(self, key: str) -> int:
+        """Elements from a page's begin to A of a site."""
+        return self._a_offset[key]
+
+    def b_offset(self, key: str) -> int:
+        """Elements from a page's begin to B of a site."""
+        return self._b_offset[key]
+
     def a_view(self, pages: torch.Tensor, key: str) -> torch.Tensor:
         """A of one site: `pages` [P, page_size] -> a view [P, slices, PAGE_RANK, in_features]."""
         site = self.sites[key]

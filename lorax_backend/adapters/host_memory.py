@@ -10,12 +10,15 @@ from lorax_kernels.layout import PageLayout
 
 _log = logging.getLogger(__name__)
 
+_PORTABLE_AND_MAPPED = 0x01 | 0x02  # cudaHostRegister: for all contexts, and kernels can write to it
+
 
 class HostMemory:
     """As many pages as fit into `budget` bytes, in [num_pages, layout.page_size] of `dtype`.
 
-    With `pinned` they are page-locked once, at start, so that copies to the device never wait and no load pays for
-    locking. Without, the system gives each page its memory when it is first written, so an idle server has none.
+    With `pinned` they are page-locked once, at start, so that copies to the device never wait, the device can write to
+    them, and no load pays for locking. Without, the system gives each page its memory when it is first written, so an
+    idle server has none.
     """
 
     def __init__(self, layout: PageLayout, budget: int, dtype: torch.dtype, pinned: bool = False) -> None:
@@ -37,7 +40,7 @@ class HostMemory:
     def _pin(self) -> bool:
         # torch's own pinned allocations are rounded up to a power of two; registering ours is not.
         size = self._pages.numel() * self._pages.element_size()
-        code = torch.cuda.cudart().cudaHostRegister(self._pages.data_ptr(), size, 0)
+        code = torch.cuda.cudart().cudaHostRegister(self._pages.data_ptr(), size, _PORTABLE_AND_MAPPED)
         if int(code):
             _log.warning(
                 "%d bytes of host memory for adapters could not be page-locked (code %s): copies to the device will be "

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from lorax_backend.adapters.adapter_plan import AdapterPlan
 from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.adapters.background import COPY, DISK, DOWNLOAD, PERMISSION, READ
-from lorax_backend.adapters.checkpoint import AdapterPlan, inspect_adapter
+from lorax_backend.adapters.checkpoint import inspect_adapter
 from lorax_backend.adapters.host_memory import HostMemory
 from lorax_backend.adapters.lifecycle import AdapterLifecycle
 from lorax_backend.adapters.loader import AdapterLoader
 from lorax_backend.adapters.loading import AdapterParts
+from lorax_backend.adapters.page_writer import PageWriter
 from lorax_backend.adapters.sources.base import AdapterSource
 from lorax_backend.adapters.sources.registry import create_disk_cache, create_sources
 from lorax_backend.config import ServerConfig
@@ -35,13 +36,14 @@ class AdapterManager(AdapterLifecycle):
         dtype: torch.dtype,
         arena: LoraArena,
         sources: Mapping[str, AdapterSource] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        writer: PageWriter | None = None,
     ) -> None:
-        """`targets`, `layout` and `dtype` are the model's; `sources` replaces those of `create_sources(config)`."""
+        """`targets`, `layout` and `dtype` are the model's; `sources` replaces those of `create_sources(config)`;
+        `writer` brings weights into pages where it can, instead of the processor."""
 
         def inspect(folder: Path) -> AdapterPlan:
             return inspect_adapter(
-                folder, targets, layout, dtype, config.max_lora_rank, config.allow_pickle_adapters
+                folder, targets, layout, dtype, config.max_lora_rank, config.allow_pickle_adapters, writer
             )
 
         disk = None
@@ -51,6 +53,8 @@ class AdapterManager(AdapterLifecycle):
         self._memory = HostMemory(
             layout, config.adapter_host_bytes, dtype, pinned=arena.device.type == "cuda"
         )
+        if writer is not None and self._memory.num_pages and writer.reaches(self._memory.pages(0, 1)):
+            writer.warm_up(layout, self._memory.pages(0, 1))
         threads = config.adapter_loader_threads
         lanes = {DOWNLOAD: threads, READ: threads, PERMISSION: _PERMISSION_THREADS, COPY: 2, DISK: 1}
         parts = AdapterParts(
@@ -64,7 +68,7 @@ class AdapterManager(AdapterLifecycle):
             disk=disk,
             default_source=config.default_adapter_source,
         )
-        super().__init__(parts, clock)
+        super().__init__(parts)
 
     def close(self) -> None:
         super().close()

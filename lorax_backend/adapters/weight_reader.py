@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -91,22 +92,54 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return {str(name): tensor for name, tensor in loaded.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A tensor's values in a safetensors file: bytes [begin, end) of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_extents(opened: FileIO) -> dict[str, Extent]:
+    """Where the tensors of an open safetensors file lie; those of types that no weight has are left out.
+
+    Raises:
+        OSError, ValueError, TypeError, LookupError: the file cannot be read, its header is not what the format's
+            specification says, or its offsets do not fit the file.
+    """
+    size = os.fstat(opened.fileno()).st_size
+    length = _header_length(os.pread(opened.fileno(), 8, 0), size)
+    return _extents(os.pread(opened.fileno(), length, 8), size)
+
+
+def read_into(opened: FileIO, begin: int, target: torch.Tensor) -> None:
+    """Fill `target`, uint8 [bytes] on the host, with what lies in the file from byte `begin` on. Parts are read side
+    by side, since memory touched for the first time takes most of the time.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or ends before.
+    """
+    size = len(target)
+    part = max(_LEAST_PART, -(-size // WORKERS))
+    whole = target.numpy().data
+
+    def read(offset: int) -> None:
+        view = whole[offset : offset + part]
+        while view:
+            count = os.preadv(opened.fileno(), [view], begin + offset)
+            if not count:
+                raise ValueError("it ends too soon")
+            view, offset = view[count:], offset + count
+
+    in_parallel(read, range(0, size, part))
+
+
 def _read_whole(file: Path) -> torch.Tensor:
-    """The bytes of a file, read in parts side by side: most of the time goes into memory that is touched first."""
     with file.open("rb", buffering=0) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        data = torch.empty(size, dtype=torch.uint8)
-        part = max(_LEAST_PART, -(-size // WORKERS))
-
-        def read(begin: int) -> None:
-            view = data.numpy().data[begin : begin + part]
-            while view:
-                count = os.preadv(opened.fileno(), [view], begin)
-                if not count:
-                    raise ValueError("it ends too soon")
-                view, begin = view[count:], begin + count
-
-        in_parallel(read, range(0, size, part))
+        data = torch.empty(os.fstat(opened.fileno()).st_size, dtype=torch.uint8)
+        read_into(opened, 0, data)
     return data
 
 
@@ -115,29 +148,41 @@ def _views(data: torch.Tensor) -> dict[str, torch.Tensor]:
     twice while it keeps all other threads of the process from running.
 
     Raises:
-        ValueError, TypeError, LookupError: the header is not what the format's specification says, or its offsets do
-            not fit the file.
+        ValueError, TypeError, LookupError: as `read_extents`.
     """
-    length = int.from_bytes(data[:8].numpy().tobytes(), "little")
-    if len(data) < 8 or length > min(len(data) - 8, _MAX_HEADER):
+    length = _header_length(data[:8].numpy().tobytes(), len(data))
+    found = {}
+    for name, extent in _extents(data[8 : 8 + length].numpy().tobytes(), len(data)).items():
+        part = data[extent.begin : extent.end]
+        # Files of other writers may begin their data anywhere; a view needs its elements aligned.
+        if part.storage_offset() % extent.dtype.itemsize:
+            part = part.clone()
+        found[name] = part.view(extent.dtype).view(extent.shape)
+    return found
+
+
+def _header_length(begin: bytes, size: int) -> int:
+    length = int.from_bytes(begin, "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
         raise ValueError("its header is longer than the file")
-    header = json.loads(data[8 : 8 + length].numpy().tobytes())
+    return length
+
+
+def _extents(text: bytes, size: int) -> dict[str, Extent]:
+    """The header's entries, of a file of `size` bytes."""
+    header = json.loads(text)
     if not isinstance(header, dict):
         raise ValueError("its header names no tensors")
-    body = data[8 + length :]
+    body = 8 + len(text)
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
-        dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+        dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
         if dtype is None:
-            continue  # of a type that no weight has, which the header was refused for if it matters
-        if not 0 <= begin <= end <= len(body) or end - begin != math.prod(shape) * dtype.itemsize:
+            continue  # which the header was refused for if it matters
+        if not 0 <= begin <= end <= size - body or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} does not fit the file")
-        part = body[begin:end]
-        # Files of other writers may begin their data anywhere; a view needs its elements aligned.
-        if part.storage_offset() % dtype.itemsize:
-            part = part.clone()
-        found[name] = part.view(dtype).view(shape)
+        found[name] = Extent(dtype, shape, body + begin, body + end)
     return found

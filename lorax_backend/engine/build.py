@@ -48,7 +48,9 @@ def build_engine(config: ServerConfig, model_path: Path, progress: Callable[[str
         runner.use_one_processor_a_thread()
     try:
         targets = lora_targets(runner.model_config)
-        adapters = AdapterManager(config, targets, runner.layout, runner.dtype, runner.arena)
+        adapters = AdapterManager(
+            config, targets, runner.layout, runner.dtype, runner.arena, writer=runner.page_writer
+        )
     except BaseException:
         runner.close()
         raise

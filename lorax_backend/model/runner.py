@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lorax_backend.adapters.arena import LoraArena
+from lorax_backend.adapters.page_writer import PageWriter
 from lorax_backend.config import ServerConfig
 from lorax_backend.model.batch import BatchBuilder, Outputs, StepArrays
 from lorax_backend.model.config import ModelConfig
@@ -112,6 +113,7 @@ class TorchModelRunner:
             self.device,
             config.max_lora_rank,
         )
+        self.page_writer = PageWriter(self.device) if on_cuda else None
         self.decoder = Decoder(
             self.model_config, self.weights, self.layout, self.arena.pages, self.limits.max_total_tokens
         )
@@ -210,6 +212,7 @@ class TorchModelRunner:
             "_recorder",
             "weights",
             "arena",
+            "page_writer",
             "decoder",
             "_cache",
             "_builder",
