@@ -18,9 +18,9 @@ import random
 import time
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 
 from lorax_backend.engine.child import PipeSink
+from lorax_backend.engine.messages import MessageWriter
 from lorax_backend.scheduler.scheduler import Scheduler
 from lorax_backend.scheduler.sequence import Sequence, StepResult
 from lorax_backend.scheduler.settings import SchedulerSettings
@@ -65,13 +65,13 @@ class Slots:
         pass
 
 
-class _Packed(Connection):
+class _Packed(MessageWriter):
     """A pipe's end that packs what is sent, and drops it."""
 
     def __init__(self) -> None:
-        super().__init__(os.open(os.devnull, os.O_WRONLY), readable=False)
+        super().__init__(os.open(os.devnull, os.O_WRONLY))
 
-    def _send_bytes(self, buf: memoryview) -> None:
+    def _write(self, data: bytes) -> None:
         pass
 
 

@@ -9,13 +9,11 @@ import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 from lorax_backend.engine.client import Builder, readable
 from lorax_backend.engine.loop import EngineLoop
+from lorax_backend.engine.messages import MessageReader, MessageWriter, unpack_request
 from lorax_backend.errors import LoraxError
 from lorax_backend.types import EngineStats, TokenOutput
 
@@ -28,13 +26,11 @@ _PR_SET_NAME = 15
 class PipeSink:
     """Sends what comes out of the loop to the parent, one message each."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
+    def __init__(self, pipe: MessageWriter) -> None:
+        self._pipe = pipe
 
     def send(self, kind: str, *payload: Any) -> None:
-        with self._lock:
-            self._connection.send((kind, *payload))
+        self._pipe.send((kind, *payload))
 
     def progress(self, text: str) -> None:
         self.send("progress", text)
@@ -53,15 +49,42 @@ class PipeSink:
             self.send("reply", ticket, reply)
 
 
+class PipeSource:
+    """What the parent asks for: a `CommandSource` of the loop."""
+
+    def __init__(self, pipe: MessageReader) -> None:
+        self._pipe = pipe
+
+    def fileno(self) -> int:
+        return self._pipe.fileno()
+
+    def drain(self, loop: EngineLoop) -> None:
+        try:
+            messages = self._pipe.take()
+        except EOFError:
+            loop.stop()
+            return
+        for kind, *payload in messages:
+            match kind:
+                case "submit":
+                    loop.submit(unpack_request(payload[0]))
+                case "cancel":
+                    loop.cancel(*payload)
+                case "control":
+                    loop.control(*payload)
+                case "stop":
+                    loop.stop()
+
+
 def main(requests_fd: int, outputs_fd: int, parent_pid: int) -> None:
     """Serve one engine over two pipes until the parent says stop or goes away. Does not return."""
     _die_with(parent_pid)
     for descriptor in (requests_fd, outputs_fd):  # or a child of this process would hold the pipes open
         os.set_inheritable(descriptor, False)
-    sink = PipeSink(Connection(outputs_fd, readable=False))
+    sink = PipeSink(MessageWriter(outputs_fd))
     code = 1
     try:
-        code = _serve(Connection(requests_fd, writable=False), sink)
+        code = _serve(MessageReader(requests_fd), sink)
     except BrokenPipeError:
         _log.warning("the parent closed its end; the engine stops")
     # Not sys.exit: a library's thread must not keep alive a process whose work is done.
@@ -71,10 +94,10 @@ def main(requests_fd: int, outputs_fd: int, parent_pid: int) -> None:
     os._exit(code)
 
 
-def _serve(requests: Connection, sink: PipeSink) -> int:
+def _serve(requests: MessageReader, sink: PipeSink) -> int:
     build: Builder
     try:
-        log_level, build = requests.recv()
+        log_level, build = requests.receive()
         _start_logging(log_level)
         built = build(sink.progress)
     except BaseException as error:
@@ -82,8 +105,7 @@ def _serve(requests: Connection, sink: PipeSink) -> int:
         sink.send("failed", readable(error))
         return 1
     try:
-        loop = EngineLoop(built.core, sink)
-        threading.Thread(target=_read_requests, args=(requests, loop), name="requests", daemon=True).start()
+        loop = EngineLoop(built.core, sink, source=PipeSource(requests))
         gc.collect()
         gc.freeze()  # what has been loaded stays: no collection needs to look at it again
         sink.send("ready", built.info)
@@ -96,23 +118,6 @@ def _serve(requests: Connection, sink: PipeSink) -> int:
         return 1
     built.core.close()
     return 0
-
-
-def _read_requests(requests: Connection, loop: EngineLoop) -> None:
-    handlers: dict[str, Callable[..., None]] = {
-        "submit": loop.submit,
-        "cancel": loop.cancel,
-        "control": loop.control,
-    }
-    while True:
-        try:
-            kind, *payload = requests.recv()
-        except (EOFError, OSError):
-            break
-        if kind == "stop":
-            break
-        handlers[kind](*payload)
-    loop.stop()
 
 
 def _die_with(parent_pid: int) -> None:

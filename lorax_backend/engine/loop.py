@@ -7,12 +7,15 @@ comes out to a sink. `InProcessEngine` calls the owner from that thread; `engine
 from __future__ import annotations
 
 import logging
+import math
+import os
+import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 from lorax_backend.engine.client import Builder, EngineClientBase, EngineInbox, EngineSink, Progress, readable
 from lorax_backend.engine.core import EngineCore
@@ -27,6 +30,46 @@ _STALLED_WAIT_S = (
 )
 
 
+class CommandSource(Protocol):
+    """Where commands come from that no thread brings: the loop's own thread looks, before every step and when it is
+    woken by the descriptor. A thread that only handed them on would cost a request two changes of threads."""
+
+    def fileno(self) -> int:
+        """Readable when there are commands, or when there will be none any more."""
+        ...
+
+    def drain(self, loop: EngineLoop) -> None:
+        """Call the loop's methods for all commands there are, without waiting for any."""
+        ...
+
+
+class _Bell:
+    """Wakes a thread that sleeps until it rings, or until another descriptor can be read.
+
+    The descriptor lives as long as this object, and whoever may ring holds the object.
+    """
+
+    def __init__(self, other: CommandSource | None) -> None:
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        for descriptor in (self._descriptor, *([] if other is None else [other.fileno()])):
+            self._poll.register(descriptor, select.POLLIN)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def ring(self) -> None:
+        """Wake the sleeper, or the next one; from any thread."""
+        os.eventfd_write(self._descriptor, 1)
+
+    def sleep(self, limit_s: float | None) -> None:
+        """Until it has rung since the last time, something can be read, or the time is over."""
+        # Rounded up: a little too early would be too early again and again.
+        ready = self._poll.poll(None if limit_s is None else math.ceil(limit_s * 1e3))
+        if any(descriptor == self._descriptor for descriptor, _ in ready):
+            os.eventfd_read(self._descriptor)
+
+
 class EngineLoop:
     """Runs a core on the thread that calls `run`; every other method may be called from any thread.
 
@@ -34,12 +77,19 @@ class EngineLoop:
     """
 
     def __init__(
-        self, core: EngineCore, sink: EngineSink, clock: Callable[[], float] = time.monotonic
+        self,
+        core: EngineCore,
+        sink: EngineSink,
+        clock: Callable[[], float] = time.monotonic,
+        source: CommandSource | None = None,
     ) -> None:
+        """`source` is asked for commands besides those that come by the methods."""
         self._core = core
         self._sink = sink
         self._clock = clock
-        self._changed = threading.Condition()
+        self._source = source
+        self._bell = _Bell(source)
+        self._asleep = False
         self._commands: deque[Callable[[], list[TokenOutput]]] = deque()
         self._woken = False
         self._stopping = False
@@ -57,9 +107,8 @@ class EngineLoop:
 
     def wake(self) -> None:
         """Look again whether there is something to do."""
-        with self._changed:
-            self._woken = True
-            self._changed.notify()
+        self._woken = True
+        self._ring()
 
     def stop(self) -> None:
         """Let `run` return after the step it is in."""
@@ -70,6 +119,8 @@ class EngineLoop:
         """Step until `stop`. What the core or the sink raises goes to the caller: the engine cannot go on."""
         while not self._stopping:
             outputs: list[TokenOutput] = []
+            if self._source is not None:
+                self._source.drain(self)
             for _ in range(
                 len(self._commands)
             ):  # not those that come meanwhile, or they could hold up the steps
@@ -88,18 +139,23 @@ class EngineLoop:
             limit = _STALLED_WAIT_S if limit is None else min(limit, _STALLED_WAIT_S)
         else:
             self._send_stats()
-        with self._changed:
-            self._changed.wait_for(lambda: self._commands or self._woken or self._stopping, limit)
-            self._woken = False
+        # Set before the look: who brings something later sees it and rings, and what came before is seen.
+        self._asleep = True
+        if not (self._commands or self._woken or self._stopping):
+            self._bell.sleep(limit)
+        self._asleep = self._woken = False
 
     def _send_stats(self) -> None:
         self._next_stats = self._clock() + _STATS_INTERVAL_S
         self._sink.on_stats(self._core.stats())
 
     def _post(self, command: Callable[[], list[TokenOutput]]) -> None:
-        with self._changed:
-            self._commands.append(command)
-            self._changed.notify()
+        self._commands.append(command)
+        self._ring()
+
+    def _ring(self) -> None:
+        if self._asleep:
+            self._bell.ring()
 
     def _cancel(self, handle: int) -> list[TokenOutput]:
         self._core.cancel(handle)

@@ -6,10 +6,11 @@ again: a script without a main guard would start its servers twice, and an embed
 stub has no main module to import. The child gets the parent's `sys.path`, so it finds what the parent found, whatever
 flags either runs under.
 
-Two pipes carry pickled tuples. To the child: first (log level, builder), then ("submit", EngineRequest), ("cancel",
-handle), ("control", ticket, command, arguments), ("stop",). From it: ("progress", text)..., then ("ready", EngineInfo)
-or ("failed", reason), then ("outputs", [TokenOutput as a plain tuple]) once a step at most, ("stats", EngineStats),
-("reply", ticket, dict), ("refused", ticket, error dict), ("dead", reason). The end of the pipe is the end of the child.
+Two pipes carry tuples (`engine.messages`). To the child: first (log level, builder), then ("submit", packed
+EngineRequest), ("cancel", handle), ("control", ticket, command, arguments), ("stop",). From it: ("progress", text)...,
+then ("ready", EngineInfo) or ("failed", reason), then ("outputs", [TokenOutput as a plain tuple]) once a step at most,
+("stats", EngineStats), ("reply", ticket, dict), ("refused", ticket, error dict), ("dead", reason). The end of the pipe
+is the end of the child.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import multiprocessing
 import os
 import select
 import signal
@@ -28,12 +28,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from multiprocessing import connection
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from lorax_backend.engine.client import Builder, EngineClientBase, EngineInbox, Progress, readable
+from lorax_backend.engine.messages import MessageReader, MessageWriter, pack_request
 from lorax_backend.errors import EngineDeadError, error_from_dict
 from lorax_backend.types import EngineInfo, EngineRequest, TokenOutput
 
@@ -118,22 +117,29 @@ class ProcessEngine(EngineClientBase):
                 RuntimeError(f"{_describe_exit(self._child.returncode)} while it was loading")
             )
 
-    def _spawn(self) -> Connection:
-        requests_reader, requests_writer = multiprocessing.Pipe(duplex=False)
-        outputs_reader, outputs_writer = multiprocessing.Pipe(duplex=False)
-        with requests_reader, outputs_writer:
-            for pipe in (requests_writer, outputs_writer):
+    def _spawn(self) -> MessageReader:
+        requests_reader, requests_writer = os.pipe()
+        outputs_reader, outputs_writer = os.pipe()
+        self._pipe, outputs = _RequestPipe(requests_writer), MessageReader(outputs_reader)
+        descriptors = (requests_reader, outputs_writer)
+        try:
+            for pipe in descriptors:
                 with contextlib.suppress(OSError):  # more than the system allows: it stays at its default
-                    fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            descriptors = (requests_reader.fileno(), outputs_writer.fileno())
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             arguments = [json.dumps(sys.path), *map(str, (*descriptors, os.getpid()))]
             command = [python_executable(), "-c", _BOOT, *arguments]
             self._child = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)
-        self._pipe = _RequestPipe(requests_writer)
-        self._pipe.send(self._log_level, self._build)
-        return outputs_reader
+            self._pipe.send(self._log_level, self._build)
+        except BaseException:
+            self._pipe.close()
+            outputs.close()
+            raise
+        finally:
+            for pipe in descriptors:
+                os.close(pipe)
+        return outputs
 
-    def _read(self, outputs: Connection, started: Started) -> str | None:
+    def _read(self, outputs: MessageReader, started: Started) -> str | None:
         """Hand on messages until the child ends; the reason if it said one that `start` has not told."""
         assert self._child is not None
         assert self._pipe is not None
@@ -145,41 +151,42 @@ class ProcessEngine(EngineClientBase):
             "refused": lambda ticket, error: self.on_reply(ticket, error_from_dict(error)),
         }
         with _exit_descriptor(self._child) as exit_descriptor:
-            sources: list[Any] = [outputs, *exit_descriptor]
-            while outputs in connection.wait(sources):
+            poll = select.poll()
+            for source in (outputs.fileno(), *exit_descriptor):
+                poll.register(source, select.POLLIN)
+            while any(source == outputs.fileno() for source, _ in poll.poll()):
                 try:
-                    kind, *payload = outputs.recv()
+                    messages = outputs.take()
                 except (EOFError, OSError):
                     break
-                if kind == "ready":
-                    self._ready(started, self._pipe, payload[0])
-                    if not self.alive:  # it was stopped while it was loading
-                        self._child.kill()
-                elif kind == "failed":
-                    started.set_exception(RuntimeError(payload[0]))
-                elif kind == "dead":
-                    return str(payload[0])
-                else:
-                    handlers[kind](*payload)
+                for kind, *payload in messages:
+                    if kind == "ready":
+                        self._ready(started, self._pipe, payload[0])
+                        if not self.alive:  # it was stopped while it was loading
+                            self._child.kill()
+                    elif kind == "failed":
+                        started.set_exception(RuntimeError(payload[0]))
+                    elif kind == "dead":
+                        return str(payload[0])
+                    else:
+                        handlers[kind](*payload)
         return None
 
 
 class _RequestPipe:
     """The way to the child: an `EngineInbox`. Raises EngineDeadError once the child is gone."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
+    def __init__(self, descriptor: int) -> None:
+        self._pipe = MessageWriter(descriptor)
 
     def send(self, *message: Any) -> None:
-        with self._lock:
-            try:
-                self._pipe.send(message)
-            except OSError as error:
-                raise EngineDeadError("the engine process is gone") from error
+        try:
+            self._pipe.send(message)
+        except OSError as error:
+            raise EngineDeadError("the engine process is gone") from error
 
     def submit(self, request: EngineRequest) -> None:
-        self.send("submit", request)
+        self.send("submit", pack_request(request))
 
     def cancel(self, handle: int) -> None:
         self.send("cancel", handle)
@@ -189,18 +196,11 @@ class _RequestPipe:
 
     def ask_to_stop(self) -> None:
         """Unlike `send`, gives up at once if the child takes nothing in: it will have to be killed."""
-        if self._lock.acquire(timeout=1.0):
-            try:
-                if not self._pipe.closed and select.select([], [self._pipe], [], 0)[1]:
-                    self._pipe.send(("stop",))
-            except OSError:
-                pass
-            finally:
-                self._lock.release()
+        with contextlib.suppress(OSError):
+            self._pipe.send_unless_full(("stop",), 1.0)
 
     def close(self) -> None:
-        with self._lock:
-            self._pipe.close()
+        self._pipe.close()
 
 
 @contextlib.contextmanager
