@@ -34,6 +34,7 @@ TESTS = (
     "test_gpu_*attention*.py",
     "test_gpu_fused*.py",
     "test_gpu_skinny*.py",
+    "test_gpu_prefill*.py",
 )
 SOURCES = ("kernels/lorax_kernels", "tests/kernels", "tests/gpu")
 STAMP = ROOT / "perf" / "results" / "local" / "kernel_tests.json"

@@ -28,6 +28,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
+def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu_mul` of `linear`: x [T, in] times `weight` [2 * width, in], gate in the upper half -> [T, width]. Many rows
+    on a device may be computed by one kernel (`prefill_gemm`)."""
+    if _uses_triton(x):
+        from lorax_kernels import prefill_gemm
+
+        whole = prefill_gemm.linear_silu(x, weight) if bias is None else None
+        if whole is not None:
+            return whole
+    return silu_mul(linear(x, weight, bias))
+
+
 def add_lora(
     x: torch.Tensor,
     a: torch.Tensor,

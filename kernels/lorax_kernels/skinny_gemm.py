@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lorax_kernels import prefill_gemm
 from lorax_kernels.sizes import cdiv
 from lorax_kernels.skinny_gemm_kernels import skinny_row_kernel, skinny_rows_kernel, sum_planes_kernel
 from lorax_kernels.tuning import GemmConfig, gemm_config, launch_options
@@ -69,11 +70,13 @@ def row_config(x: torch.Tensor, weight: torch.Tensor) -> GemmConfig | None:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`lorax_kernels.linear` on a device: as the table for its number of rows says."""
+    """`lorax_kernels.linear` on a device: as the tables for its number of rows say."""
     if x.dim() == 2 and 1 <= x.shape[0] <= MAX_ROWS:
         config = _table_entry(x, weight)
         if config.kernel == "triton" and _fits(x, weight):
             return skinny_linear(x, weight, bias, config)
+    elif (many := prefill_gemm.chosen(x, weight)) is not None:
+        return prefill_gemm.prefill_linear(x, weight, bias, many)
     return F.linear(x, weight, bias)
 
 

@@ -141,6 +141,30 @@ class GemmConfig:
         return self if itemsize <= 2 else _narrowed_gemm(self)
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """How base layers of many rows are computed: `kernel` "blas", or "triton" as the other fields say.
+
+    A tile is `block_m` rows and `block_n` columns of the result, with `stages` reads of `block_k` on their way;
+    `group` rows of tiles are gone through together. There are `programs` programs a multiprocessor, each of which goes
+    from tile to tile, or one a tile with 0. See `prefill_gemm_kernels` for `parts`, `flatten`, `specialize` and
+    `stacked`; before SiLU and multiplication `block_n` counts the columns of gate.
+    """
+
+    kernel: str = "blas"
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    stages: int = 3
+    warps: int = 8
+    group: int = 8
+    programs: int = 1
+    parts: int = 1
+    flatten: bool = True
+    specialize: bool = False
+    stacked: bool = True
+
+
 @functools.cache
 def _narrowed_gemm(config: GemmConfig) -> GemmConfig:
     return replace(config, block_k=max(32, config.block_k // 4))
@@ -150,7 +174,9 @@ DEFAULT = LoraConfig()
 DEFAULT_ATTENTION = AttentionConfig()
 DEFAULT_NODE = NodeConfig()
 DEFAULT_GEMM = GemmConfig()
-_Config = TypeVar("_Config", LoraConfig, AttentionConfig, NodeConfig, GemmConfig)
+DEFAULT_PREFILL = PrefillConfig()
+DEFAULT_PREFILL_SILU = PrefillConfig(block_n=128, stages=4)
+_Config = TypeVar("_Config", LoraConfig, AttentionConfig, NodeConfig, GemmConfig, PrefillConfig)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,9 +209,25 @@ def gemm_config(num_tokens: int, width: int, device: int | None = None, head: bo
     return _choose(widths.get(nearest, {}), "gemm", DEFAULT_GEMM, num_tokens)
 
 
+@functools.lru_cache(maxsize=4096)
+def prefill_config(
+    num_tokens: int, columns: int, width: int, device: int | None = None, silu: bool = False
+) -> PrefillConfig:
+    """The configuration of a base layer [columns, width] for many rows on CUDA device `device`, with SiLU and
+    multiplication after it if `silu`.
+
+    Only what was measured counts: the entry of this very shape for the most rows that are not over `num_tokens`.
+    """
+    shapes = {} if device is None else _prefill_table(device, silu)
+    sizes = shapes.get(f"{columns}x{width}", {})
+    nearest = max((rows for rows in sizes if rows <= num_tokens), default=0)
+    default = DEFAULT_PREFILL_SILU if silu else DEFAULT_PREFILL
+    return _choose({nearest: sizes[nearest]} if nearest else {}, "prefill", default, num_tokens)
+
+
 def forget_configs() -> None:
     """Look at the tables and the environment again."""
-    for kept in (lora_config, attention_config, node_config, gemm_config):
+    for kept in (lora_config, attention_config, node_config, gemm_config, prefill_config):
         kept.cache_clear()
 
 
@@ -246,6 +288,13 @@ def _gemm_table(device: int, head: bool) -> dict[int, dict[int, dict[str, Any]]]
     file = _read(device, "gemm")
     widths = (head and file.get("head")) or file.get("configs", {})
     return {int(w): {int(rows): entry for rows, entry in sizes.items()} for w, sizes in widths.items()}
+
+
+@functools.cache
+def _prefill_table(device: int, silu: bool) -> dict[str, dict[int, dict[str, Any]]]:
+    """By shape and rows: {"configs": {"COLUMNSxWIDTH": {rows: entry}}, "silu": the same}; both may be missing."""
+    shapes = _read(device, "prefill").get("silu" if silu else "configs", {})
+    return {shape: {int(rows): entry for rows, entry in sizes.items()} for shape, sizes in shapes.items()}
 
 
 def _read(device: int, kind: str) -> dict[str, Any]:

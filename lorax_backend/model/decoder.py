@@ -71,6 +71,13 @@ class LoraSiteView:
             return self.project(linear, x, batch), None
         return begin_lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices)
 
+    def silu_mul(self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None) -> torch.Tensor:
+        """`lorax_kernels.silu_mul` of `project`: x [T, in] -> [T, out / 2]. What adapters add has to come before, so
+        that only a step without them may leave both to one kernel."""
+        if batch is None:
+            return linear.silu_mul(x)
+        return silu_mul(*self.begin(linear, x, batch))
+
 
 class Decoder:
     """The transformer. Owns no memory but the rope tables; weights, adapter pages and cache are given to it."""
@@ -130,7 +137,7 @@ class Decoder:
             attended = self._attend(index, qkv, positions, attention, cache)
             block, delta = sites["o"].begin(layer.o, attended, lora.o)
             normed, x = rms_norm(x, layer.post_norm, eps, block, delta)
-            active = silu_mul(*sites["gate_up"].begin(layer.gate_up, normed, lora.gate_up))
+            active = sites["gate_up"].silu_mul(layer.gate_up, normed, lora.gate_up)
             if index == last:
                 return x + sites["down"].project(layer.down, active, lora.down)
             block, delta = sites["down"].begin(layer.down, active, lora.down)

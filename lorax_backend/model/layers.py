@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorax_backend.model.config import RopeConfig
-from lorax_kernels import linear
+from lorax_kernels import linear, linear_silu_mul, silu_mul
 
 
 class Linear:
@@ -42,6 +42,12 @@ class Linear:
         if x.is_cuda:
             return linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """`lorax_kernels.silu_mul` of this layer: x [T, in] -> [T, out / 2], with gate before up in `weight`."""
+        if self.weight is not None and x.is_cuda:
+            return linear_silu_mul(x, self.weight, self.bias)
+        return silu_mul(self(x))
 
 
 def _packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

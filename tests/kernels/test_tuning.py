@@ -7,12 +7,20 @@ from collections.abc import Iterator
 import pytest
 
 from lorax_kernels import tuning
-from lorax_kernels.tuning import DEFAULT, DEFAULT_NODE, LoraConfig, gemm_config, lora_config, node_config
+from lorax_kernels.tuning import (
+    DEFAULT,
+    DEFAULT_NODE,
+    LoraConfig,
+    gemm_config,
+    lora_config,
+    node_config,
+    prefill_config,
+)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for kind in ("LORA", "ATTENTION", "NODE", "GEMM"):
+    for kind in ("LORA", "ATTENTION", "NODE", "GEMM", "PREFILL"):
         monkeypatch.delenv(tuning.OVERRIDE.format(kind=kind), raising=False)
     tuning.forget_configs()
     yield
@@ -23,6 +31,7 @@ def test_a_device_without_a_table_gets_the_defaults() -> None:
     assert lora_config(32, True) == DEFAULT
     assert node_config() == DEFAULT_NODE
     assert gemm_config(1, 4096).kernel == "blas"
+    assert prefill_config(8192, 4096, 4096).kernel == "blas"
 
 
 def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_it(
@@ -45,6 +54,23 @@ def test_products_go_by_the_nearest_width_and_a_vocabulary_by_its_own_entries(
     asked = [(1, 1024), (1, 2880), (1, 2912), (2, 8192), (32, 4096), (32, 2048)]
     assert [gemm_config(rows, width, 0).block_n for rows, width in asked] == [4, 4, 8, 64, 64, 4]
     assert gemm_config(1, 2048, 0, head=True).block_n == 128
+
+
+def test_products_of_many_rows_are_ours_only_where_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"kernel": "triton", "block_m": 64}
+    tables = {
+        False: {"4096x512": {2048: entry, 8192: entry | {"block_m": 256}}},
+        True: {"8192x512": {2048: entry}},
+    }
+    monkeypatch.setattr(tuning, "_prefill_table", lambda device, silu: tables[silu])
+    asked = [(rows, columns, 512, 0) for columns in (4096, 8192) for rows in (2047, 2048, 8191, 9000)]
+    assert [prefill_config(*each).block_m for each in asked] == [128, 64, 64, 256] + [128] * 4
+    assert [prefill_config(*each).kernel for each in asked[::4]] == ["blas", "blas"]
+    assert prefill_config(4096, 8192, 512, 0, silu=True).kernel == "triton"
+    assert prefill_config(4096, 4096, 512, 0, silu=True).kernel == "blas"
+    tuning.forget_configs()
+    monkeypatch.setenv("LORAX_PREFILL_CONFIG", '{"kernel": "triton"}')
+    assert prefill_config(300, 64, 512, 0).block_n == 2 * prefill_config(300, 64, 512, 0, silu=True).block_n
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (1, 0)])
