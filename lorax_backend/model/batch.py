@@ -11,11 +11,13 @@ import torch
 
 from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.model.decoder import LoraBatches
+from lorax_backend.model.greedy import NOT_HERE, Drawing
 from lorax_backend.model.lora import LM_HEAD
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_kernels import AttentionBatch, LoraBatch
 
 IntArray = npt.NDArray[np.int32]
+_CONTROL = 4  # integers before the places in a step's outputs, which begin on 16 bytes
 
 
 @dataclass(slots=True)
@@ -74,13 +76,15 @@ class StepArrays:
 @dataclass(slots=True)
 class Outputs:
     """What becomes of a step's hidden rows, on the device; fields as in `StepArrays`. `head_lora` are the adapter rows
-    of the logits, None if no sampled row's adapter changes lm_head."""
+    of the logits, None if no sampled row's adapter changes lm_head. `control` int32 [2] is `drawing` on the device."""
 
     sampled: list[ScheduledSequence]
-    sampled_slots: torch.Tensor | None
-    logit_rows: torch.Tensor | None
-    head_lora: LoraBatch | None
-    scored: list[tuple[ScheduledSequence, int]] = field(default_factory=list)
+    scored: list[tuple[ScheduledSequence, int]]
+    drawing: Drawing
+    control: torch.Tensor | None = None
+    sampled_slots: torch.Tensor | None = None
+    logit_rows: torch.Tensor | None = None
+    head_lora: LoraBatch | None = None
 
 
 @dataclass(slots=True)
@@ -169,7 +173,7 @@ class BatchBuilder:
             ],
         )
 
-    def build(self, step: StepArrays, last_token: torch.Tensor) -> InputBatch:
+    def build(self, step: StepArrays, last_token: torch.Tensor, drawing: Drawing = NOT_HERE) -> InputBatch:
         """Take a step to the device. `last_token` int64 [slots], on the device: the ids of tokens drawn but not yet
         known to the host."""
         input_ids = self.upload(step.ids)
@@ -183,19 +187,26 @@ class BatchBuilder:
                 step.query_start, step.contexts, step.tables, step.slot_mapping, self.device
             ),
             lora=self._lora(step),
-            outputs=self.outputs(step),
+            outputs=self.outputs(step, drawing),
         )
 
-    def outputs(self, step: StepArrays) -> Outputs:
-        """Take to the device what follows the forward pass."""
-        sampled = bool(step.sampled)
-        return Outputs(
-            sampled=step.sampled,
-            sampled_slots=self.upload(step.sampled_slots) if sampled else None,
-            logit_rows=None if step.logit_rows is None or not sampled else self.upload(step.logit_rows),
-            head_lora=self.head_batch(step.sampled),
-            scored=step.scored,
-        )
+    def outputs(self, step: StepArrays, drawing: Drawing = NOT_HERE) -> Outputs:
+        """Take to the device what follows the forward pass, in one copy."""
+        outputs = Outputs(step.sampled, step.scored, drawing)
+        if not step.sampled:
+            return outputs
+        count = len(step.sampled)
+        rows = () if step.logit_rows is None else step.logit_rows
+        array = np.zeros(_CONTROL + 2 * (count + len(rows)), dtype=np.int32)
+        array[:2] = drawing.mode, drawing.turn
+        places = array[_CONTROL:].view(np.int64)
+        places[:count], places[count:] = step.sampled_slots, rows
+        sent = self.upload(array)
+        on_device = sent[_CONTROL:].view(torch.int64)
+        outputs.control, outputs.sampled_slots = sent[:2], on_device[:count]
+        outputs.logit_rows = None if step.logit_rows is None else on_device[count:]
+        outputs.head_lora = self.head_batch(step.sampled)
+        return outputs
 
     def head_batch(self, items: list[ScheduledSequence]) -> LoraBatch | None:
         """The adapter rows of one row of logits for each of `items`."""

@@ -3,13 +3,14 @@
 A graph is captured for each padded number of sequences, once for steps in which some row has an adapter and once for
 steps in which none has, and for nothing else: which adapters, of which ranks, on which rows, is data that the kernels
 read from a work list in device memory. A step copies its inputs into fixed buffers and replays the next larger graph;
-rows beyond the step's own see no context and store nothing.
+rows beyond the step's own see no context and store nothing. The graph also draws the tokens, if the step's inputs say
+that the argmax of every row is wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,12 @@ import torch
 
 from lorax_backend.model.batch import BatchBuilder
 from lorax_backend.model.decoder import Decoder, LoraBatches
+from lorax_backend.model.greedy import Drawing, GreedyDrawer
 from lorax_backend.model.kv_cache import KvCache
 from lorax_backend.model.recorder import GraphRecorder, Recorded
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence
 from lorax_kernels import PAGE_RANK, AttentionBatch, LoraBatch, WorkBuffer
+from lorax_kernels.greedy import NOTHING, newest_ids
 
 _COPIES = 4  # host buffers in turn: more than the steps that can be in flight
 _PREFILL_WARM_UP_TOKENS = (1, 17, 200, 300)
@@ -33,47 +36,101 @@ def graph_sizes(max_num_seqs: int, limit: int = 256) -> tuple[int, ...]:
     return tuple(sorted({size for size in sizes if size < largest} | {largest}))
 
 
-@dataclass(slots=True)
-class _Inputs:
-    """Device buffers of fixed address, parts of one int32 tensor, and the host buffers copied to it.
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """A piece of the inputs: `length` integers from `begin` on."""
 
-    Sections: ids, pending (the slot whose last drawn token replaces the id, -1 for none), positions, contexts, each
-    [rows]; slot_mapping and slots int64 [rows]; block tables [rows, max_blocks] last, so that a step copies no more of
-    them than it has rows.
+    begin: int
+    length: int
+
+    def of(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory[self.begin : self.begin + self.length]
+
+
+def _sections(rows: int, max_blocks: int, work: int) -> dict[str, _Section]:
+    lengths = {
+        "control": 2, "ids": rows, "pending": rows, "positions": rows, "contexts": rows, "slot_mapping": 2 * rows,
+        "slots": 2 * rows, "tables": rows * max_blocks, "work": work,
+    }  # fmt: skip
+    # Each section begins on 16 bytes, for which the kernels have been compiled already.
+    ends = np.cumsum([-(-length // 4) * 4 for length in lengths.values()]).tolist()
+    return {
+        name: _Section(begin, length)
+        for (name, length), begin in zip(lengths.items(), [0, *ends[:-1]], strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """One of the host's copies of the inputs, for one padded size: its sections in numpy, and the work list's."""
+
+    memory: torch.Tensor
+    parts: dict[str, npt.NDArray[np.int32]]
+    slot_mapping: npt.NDArray[np.int64]
+    slots: npt.NDArray[np.int64]
+    tables: npt.NDArray[np.int32]
+    work: torch.Tensor
+
+
+class _Inputs:
+    """What the graphs read: sections of one int32 tensor of fixed address, and the host copies sent to it in turn.
+
+    Sections, for R rows: control [2], see `lorax_kernels.greedy`; ids, pending (the slot whose last drawn token
+    replaces the id, -1 for none), positions, contexts, each [R]; slot_mapping and slots int64 [R], -1 for rows of
+    nobody; block tables [R, max_blocks]; and the adapters' work list, last. They lie closer together for smaller R, so
+    that one copy takes no more than the step's own rows need.
     """
 
-    rows: int
-    max_blocks: int
-    device: torch.device
-    data: torch.Tensor = field(init=False)
-    _hosts: list[torch.Tensor] = field(init=False)
-    _turn: int = field(default=0, init=False)
+    def __init__(self, sizes: Sequence[int], max_blocks: int, max_pages: int, device: torch.device) -> None:
+        self._max_blocks = max_blocks
+        self._at = {
+            size: _sections(size, max_blocks, WorkBuffer.capacity_for(size, max_pages).size) for size in sizes
+        }
+        length = max(at["work"].begin + at["work"].length for at in self._at.values())
+        self._data = torch.zeros(length, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._memories = [torch.zeros(length, dtype=torch.int32, pin_memory=pinned) for _ in range(_COPIES)]
+        self._hosts: dict[tuple[int, int], _Host] = {}
+        self._turn = 0
+        self.work = {
+            size: WorkBuffer(size, max_pages, device, data=self.part("work", size)) for size in sizes
+        }
 
-    def __post_init__(self) -> None:
-        size = self.rows * (8 + self.max_blocks)  # an int64 counts as two
-        self.data = torch.zeros(size, dtype=torch.int32, device=self.device)
-        pinned = self.device.type == "cuda"
-        self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(_COPIES)]
+    def part(self, name: str, size: int) -> torch.Tensor:
+        """A section on the device, for one padded size."""
+        part = self._at[size][name].of(self._data)
+        if name in ("slot_mapping", "slots"):
+            return part.view(torch.int64)
+        return part.view(size, self._max_blocks) if name == "tables" else part
 
-    def part(self, data: torch.Tensor, index: int, count: int) -> torch.Tensor:
-        """The first `count` rows of a section: 0 ids, 1 pending, 2 positions, 3 contexts, 4 slot_mapping, 5 slots, 6
-        block tables."""
-        rows = self.rows
-        if index < 4:
-            return data[index * rows : index * rows + count]
-        if index < 6:
-            begin = 4 * rows + (index - 4) * 2 * rows
-            return data[begin : begin + 2 * count].view(torch.int64)
-        return data[8 * rows : 8 * rows + count * self.max_blocks].view(count, self.max_blocks)
-
-    def next_host(self) -> torch.Tensor:
+    def next_host(self, size: int) -> _Host:
+        """A host copy to fill; the work list of this size goes there too."""
         self._turn = (self._turn + 1) % _COPIES
-        return self._hosts[self._turn]
+        host = self._hosts.get((self._turn, size))
+        if host is None:
+            host = self._hosts[self._turn, size] = self._host(self._memories[self._turn], size)
+        self.work[size].place(host.work)
+        return host
 
-    def send(self, host: torch.Tensor, count: int) -> None:
-        """Copy everything up to the tables of the first `count` rows."""
-        used = self.rows * 8 + count * self.max_blocks
-        self.data[:used].copy_(host[:used], non_blocking=True)
+    def _host(self, memory: torch.Tensor, size: int) -> _Host:
+        at = self._at[size]
+        parts = {name: at[name].of(memory).numpy() for name in at}
+        return _Host(
+            memory,
+            parts,
+            parts["slot_mapping"].view(np.int64),
+            parts["slots"].view(np.int64),
+            parts["tables"].reshape(size, self._max_blocks),
+            at["work"].of(memory),
+        )
+
+    def send(self, host: _Host, size: int, count: int, with_work: bool) -> None:
+        """Copy everything up to the tables of the first `count` rows, or up to the end of the work list."""
+        at = self._at[size]
+        used = at["tables"].begin + count * self._max_blocks
+        if with_work:
+            used = at["work"].begin + at["work"].length
+        self._data[:used].copy_(host.memory[:used], non_blocking=True)
 
 
 class DecodeGraphs:
@@ -83,7 +140,7 @@ class DecodeGraphs:
         decoder: the model; its forward pass must not depend on values that lie on the device.
         cache: the KV cache the graphs will read and write.
         builder: supplies block tables and adapter tables.
-        last_token: int64 [slots] on the device, the token drawn last for each slot.
+        drawer: draws the tokens of steps that are greedy throughout; knows the token drawn last for each slot.
         sizes: padded batch sizes, see `graph_sizes`.
         recorder: makes the graphs.
         report: told of the progress.
@@ -94,16 +151,15 @@ class DecodeGraphs:
         decoder: Decoder,
         cache: KvCache,
         builder: BatchBuilder,
-        last_token: torch.Tensor,
+        drawer: GreedyDrawer,
         sizes: Sequence[int],
         recorder: GraphRecorder,
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.sizes = tuple(sorted(sizes))
-        self._decoder, self._cache, self._builder, self._last_token = decoder, cache, builder, last_token
-        self._inputs = _Inputs(self.sizes[-1], builder.max_blocks, builder.device)
+        self._decoder, self._cache, self._builder, self._drawer = decoder, cache, builder, drawer
         max_pages = builder.arena.max_pages_per_slot
-        self._work = {size: WorkBuffer(size, max_pages, builder.device, _COPIES) for size in self.sizes}
+        self._inputs = _Inputs(self.sizes, builder.max_blocks, max_pages, builder.device)
         self._graphs: dict[tuple[int, bool], Recorded] = {}
         self._warm_up_prefill()
         for done, size in enumerate(reversed(self.sizes)):
@@ -120,8 +176,10 @@ class DecodeGraphs:
             for item in batch.sequences
         )
 
-    def replay(self, items: list[ScheduledSequence]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run one step.
+    def replay(
+        self, items: list[ScheduledSequence], drawing: Drawing
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run one step, and draw its tokens as `drawing` says.
 
         Returns:
             Of every item: hidden [n, hidden] before the last norm, logits [n, vocab] without adapters of lm_head, and
@@ -129,24 +187,23 @@ class DecodeGraphs:
         """
         count = len(items)
         size = next(s for s in self.sizes if s >= count)
-        self._send(items, size)
+        host = self._inputs.next_host(size)
+        self._fill(host, items, drawing)
         adapter_slots = np.full(size, -1, dtype=np.int32)
         adapter_slots[:count] = [item.seq.adapter_slot for item in items]
         with_lora = bool((adapter_slots >= 0).any())
         if with_lora:
             self._list_work(adapter_slots, size)
+        self._inputs.send(host, size, count, with_lora)
         recorded = self._graphs[size, with_lora]
         recorded.replay()
         hidden, logits = recorded.outputs
-        slots = self._inputs.part(self._inputs.data, 5, count)
-        return hidden[:count], logits[:count], slots
+        return hidden[:count], logits[:count], self._inputs.part("slots", size)[:count]
 
-    def _send(self, items: list[ScheduledSequence], size: int) -> None:
-        builder, inputs, count = self._builder, self._inputs, len(items)
-        host = inputs.next_host()
-        ids, pending, positions, contexts, slot_mapping, slots, tables = (
-            inputs.part(host, index, size).numpy() for index in range(7)
-        )
+    def _fill(self, host: _Host, items: list[ScheduledSequence], drawing: Drawing) -> None:
+        builder, count, parts = self._builder, len(items), host.parts
+        ids, pending, slots = parts["ids"], parts["pending"], host.slots
+        parts["control"][:] = drawing.mode, drawing.turn
         starts = np.array([item.start for item in items], dtype=np.int32)
         known = [
             item.seq.token_ids[item.start] if item.start < len(item.seq.token_ids) else -1 for item in items
@@ -156,41 +213,47 @@ class DecodeGraphs:
         pending[:count] = np.where(ids[:count] < 0, slots[:count], -1)
         builder.check_ids(ids[:count][pending[:count] < 0])
         np.maximum(ids[:count], 0, out=ids[:count])
-        positions[:count] = starts
-        contexts[:count] = starts + 1
+        parts["positions"][:count] = starts
+        parts["contexts"][:count] = starts + 1
         blocks = builder.block_tables(
             [item.seq for item in items], -(-int(starts.max() + 1) // builder.block_size)
         )
-        tables[:count, : blocks.shape[1]] = blocks
+        host.tables[:count, : blocks.shape[1]] = blocks
         place = starts // builder.block_size
-        slot_mapping[:count] = blocks[np.arange(count), place].astype(np.int64) * builder.block_size \
+        host.slot_mapping[:count] = blocks[np.arange(count), place].astype(np.int64) * builder.block_size \
             + starts % builder.block_size  # fmt: skip
-        ids[count:], pending[count:], positions[count:], contexts[count:] = 0, -1, 0, 0
-        slot_mapping[count:], slots[count:] = -1, 0
-        inputs.send(host, count)
+        self._fill_rest(host, count)
+
+    @staticmethod
+    def _fill_rest(host: _Host, count: int) -> None:
+        """The rows from `count` on are nobody's."""
+        for name, value in (("ids", 0), ("pending", -1), ("positions", 0), ("contexts", 0)):
+            host.parts[name][count:] = value
+        host.slot_mapping[count:], host.slots[count:] = -1, -1
 
     def _list_work(self, adapter_slots: npt.NDArray[np.int32], size: int) -> LoraBatch:
         arena = self._builder.arena
         batch = LoraBatch.build(
-            adapter_slots, arena.slot_pages, arena.slot_ranks, self._builder.device, self._work[size]
+            adapter_slots, arena.slot_pages, arena.slot_ranks, self._builder.device, self._inputs.work[size]
         )
         assert batch is not None
         return batch
 
     def _record(self, size: int, with_lora: bool, recorder: GraphRecorder) -> Recorded:
-        data, inputs = self._inputs.data, self._inputs
-        self._send_nothing(size)
-        lora = (
-            LoraBatches(*[self._list_work(np.full(size, -1, dtype=np.int32), size)] * 4)
-            if with_lora
-            else LoraBatches()
-        )
-        device = data.device
+        inputs = self._inputs
+        host = inputs.next_host(size)
+        host.parts["control"][:] = NOTHING, 0
+        host.tables.fill(0)
+        self._fill_rest(host, 0)
+        nobody = self._list_work(np.full(size, -1, dtype=np.int32), size)
+        inputs.send(host, size, size, with_work=True)
+        lora = LoraBatches(*[nobody] * 4) if with_lora else LoraBatches()
+        device = self._builder.device
         attention = AttentionBatch(
             query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
-            context_lens=inputs.part(data, 3, size),
-            block_tables=inputs.part(data, 6, size),
-            slot_mapping=inputs.part(data, 4, size),
+            context_lens=inputs.part("contexts", size),
+            block_tables=inputs.part("tables", size),
+            slot_mapping=inputs.part("slot_mapping", size),
             num_decodes=size,
             max_query=1,
             max_context=self._builder.max_blocks * self._builder.block_size,
@@ -200,19 +263,14 @@ class DecodeGraphs:
         )
 
         def forward() -> tuple[torch.Tensor, torch.Tensor]:
-            pending = inputs.part(data, 1, size)
-            drawn = self._last_token.index_select(0, pending.clamp_min(0)).to(torch.int32)
-            ids = torch.where(pending >= 0, drawn, inputs.part(data, 0, size))
-            hidden = self._decoder.forward(ids, inputs.part(data, 2, size), attention, lora, self._cache)
-            return hidden, self._decoder.logits(hidden, None)
+            ids = newest_ids(inputs.part("ids", size), inputs.part("pending", size), self._drawer.last_token)
+            positions = inputs.part("positions", size)
+            hidden = self._decoder.forward(ids, positions, attention, lora, self._cache)
+            logits = self._decoder.logits(hidden, None)
+            self._drawer.draw(logits, inputs.part("control", size), inputs.part("slots", size))
+            return hidden, logits
 
         return recorder.record(forward)
-
-    def _send_nothing(self, size: int) -> None:
-        host = self._inputs.next_host()
-        for index, value in ((0, 0), (1, -1), (2, 0), (3, 0), (4, -1), (5, 0), (6, 0)):
-            self._inputs.part(host, index, size).fill_(value)
-        self._inputs.send(host, size)
 
     def _warm_up_prefill(self) -> None:
         """Compile the kernels of steps that are not graphs, so that no request waits for a compiler."""

@@ -25,6 +25,7 @@ from lorax_backend.model.decoder import Decoder, LoraBatches
 from lorax_backend.model.kv_cache import KvCache
 from lorax_backend.model.recorder import GraphRecorder, Recorded
 from lorax_kernels import GRAPH_MAX_TOKENS, AttentionBatch, FixedAttention, LoraBatch, WorkBuffer
+from lorax_kernels.greedy import newest_ids
 
 _COPIES = 4  # host buffers in turn: more than the steps that can be in flight
 _SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
@@ -285,8 +286,7 @@ class PrefillGraphs:
 
         def forward() -> tuple[torch.Tensor, ...]:
             pending = inputs.part(data, "pending", size)
-            drawn = self._last_token.index_select(0, pending.clamp_min(0)).to(torch.int32)
-            ids = torch.where(pending >= 0, drawn, inputs.part(data, "ids", size))
+            ids = newest_ids(inputs.part(data, "ids", size), pending, self._last_token)
             return (self._decoder.forward(ids, positions, attention, lora, self._cache),)
 
         return recorder.record(forward)

@@ -15,6 +15,7 @@ from lorax_backend.model.batch import BatchBuilder, Outputs, StepArrays
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.decoder import Decoder
 from lorax_backend.model.graphs import DecodeGraphs, graph_sizes
+from lorax_backend.model.greedy import NOT_HERE, GreedyDrawer
 from lorax_backend.model.kv_cache import KvCache, block_bytes
 from lorax_backend.model.limits import (
     CudaMemory,
@@ -122,6 +123,7 @@ class TorchModelRunner:
         )
         self.decoder.fresh_attention = self._fresh.function
         self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
+        self._drawer = GreedyDrawer(self._last_token, self.model_config.vocab_size)
         self._planner = self._make_planner()
         report("reserving the KV cache")
         self._cache = self._make_cache()
@@ -162,7 +164,8 @@ class TorchModelRunner:
             return self._replay(batch.sequences, self._graphs)
         step = self._builder.arrays(batch)
         if self._prefill_graphs is not None and self._prefill_graphs.accepts(step):
-            return self._finish(self._builder.outputs(step), self._prefill_graphs.replay(step))
+            drawing = self._drawer.next(self._planner.greedy_mode(step.sampled))
+            return self._finish(self._builder.outputs(step, drawing), self._prefill_graphs.replay(step))
         return self._step(step, self._cache)
 
     def check_device(self) -> None:
@@ -218,6 +221,7 @@ class TorchModelRunner:
             "_builder",
             "_scorer",
             "_planner",
+            "_drawer",
             "_last_token",
         ):
             self.__dict__.pop(name, None)
@@ -236,7 +240,8 @@ class TorchModelRunner:
         return weights
 
     def _step(self, step: StepArrays, cache: KvCache) -> PendingStep:
-        inputs = self._builder.build(step, self._last_token)
+        drawing = self._drawer.next(self._planner.greedy_mode(step.sampled))
+        inputs = self._builder.build(step, self._last_token, drawing)
         hidden = self.decoder.forward(
             inputs.input_ids, inputs.positions, inputs.attention, inputs.lora, cache
         )
@@ -245,33 +250,42 @@ class TorchModelRunner:
     def _finish(self, outputs: Outputs, hidden: torch.Tensor) -> PendingStep:
         """From the hidden rows [T, hidden] of a step to its tokens."""
         scores = self._score_prompts(outputs, hidden)
-        if outputs.sampled_slots is None:
+        if outputs.sampled_slots is None or outputs.control is None:
             return PendingStep.without_tokens(self.device)
         if outputs.logit_rows is not None:
             hidden = hidden.index_select(0, outputs.logit_rows)
         logits = self.decoder.logits(hidden, outputs.head_lora)
-        return self._draw(logits, outputs.sampled, outputs.sampled_slots, scores)
+        if outputs.drawing is NOT_HERE:
+            return self._sample(logits, outputs.sampled, outputs.sampled_slots, scores)
+        self._drawer.draw(logits, outputs.control, outputs.sampled_slots)
+        return self._drawer.pending(outputs.drawing, outputs.sampled, scores)
 
     @torch.inference_mode()
     def _capture(self, recorder: GraphRecorder, report: Progress) -> None:
-        parts = self.decoder, self._cache, self._builder, self._last_token
+        parts = self.decoder, self._cache, self._builder
         sizes = graph_sizes(self.limits.max_num_seqs)
-        self._graphs = DecodeGraphs(*parts, sizes, recorder, report)
+        self._graphs = DecodeGraphs(*parts, self._drawer, sizes, recorder, report)
         if not self._prefill_sizes:
             return
         try:
-            self._prefill_graphs = PrefillGraphs(*parts, self._prefill_sizes, recorder, report)
+            self._prefill_graphs = PrefillGraphs(
+                *parts, self._last_token, self._prefill_sizes, recorder, report
+            )
         except RuntimeError as error:
             # Decoding has its graphs, and steps with prompts run without: slower to start an answer, but right.
             log.exception("prefill_graph_tokens %d: no graphs", self._prefill_sizes[-1])
             report(f"prefill graphs are OFF, capturing them failed: {error}")
 
     def _replay(self, items: list[ScheduledSequence], graphs: DecodeGraphs) -> PendingStep:
-        hidden, logits, slots = graphs.replay(items)
         head_lora = self._builder.head_batch(items)
+        # A graph's logits lack what adapters add to lm_head, so it cannot draw from them then.
+        drawing = NOT_HERE if head_lora else self._drawer.next(self._planner.greedy_mode(items))
+        hidden, logits, slots = graphs.replay(items, drawing)
+        if drawing is not NOT_HERE:
+            return self._drawer.pending(drawing, items)
         if head_lora is not None:
             logits = self.decoder.logits(hidden, head_lora)
-        return self._draw(logits, items, slots, {})
+        return self._sample(logits, items, slots, {})
 
     def _score_prompts(self, outputs: Outputs, hidden: torch.Tensor) -> dict[int, torch.Tensor]:
         """Log probabilities of the prompts that this step completes, by the row that samples."""
@@ -285,7 +299,7 @@ class TorchModelRunner:
     def _head(self, hidden: torch.Tensor, adapter_slot: int) -> torch.Tensor:
         return self.decoder.logits(hidden, self._builder.head_lora(adapter_slot, len(hidden)))
 
-    def _draw(
+    def _sample(
         self,
         logits: torch.Tensor,
         sampled: list[ScheduledSequence],

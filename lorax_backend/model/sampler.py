@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from lorax_backend.model.watermark import WatermarkSettings, favour_green
+from lorax_kernels.greedy import LOGIT_LIMIT
 
-# Logits are clamped to this magnitude: far beyond any real logit, and still finite after penalties and temperatures.
-_LOGIT_LIMIT = 1e30
 # On a CPU top-p first looks at this many best tokens; sorting the whole vocabulary takes milliseconds a row.
 _NUCLEUS_GUESS = 256
 # Rows with typical-p worked on at once: it takes many tensors of the logits' size.
@@ -131,7 +130,7 @@ def sample(logits: torch.Tensor, inputs: SamplingInputs) -> Drawn:
     """
     if inputs.plain_greedy:
         return Drawn(logits.argmax(-1))
-    x = torch.nan_to_num(logits.float(), nan=-_LOGIT_LIMIT, posinf=_LOGIT_LIMIT, neginf=-_LOGIT_LIMIT)
+    x = torch.nan_to_num(logits.float(), nan=-LOGIT_LIMIT, posinf=LOGIT_LIMIT, neginf=-LOGIT_LIMIT)
     if inputs.bias is not None:
         b = inputs.bias
         x.index_put_((b.rows, b.ids), x[b.rows, b.ids] + b.values)

@@ -24,6 +24,7 @@ from lorax_backend.model.sampler import (
 from lorax_backend.model.watermark import WatermarkSettings
 from lorax_backend.scheduler.sequence import ScheduledSequence
 from lorax_backend.types import SamplingParams
+from lorax_kernels.greedy import IDS, NOTHING, SCORED
 
 Upload = Callable[[npt.NDArray[np.generic]], torch.Tensor]
 _MASK = (1 << 64) - 1
@@ -67,6 +68,15 @@ def has_penalty(params: SamplingParams) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The mode of `lorax_kernels.greedy` that draws for `params`, from the `since`-th token on."""
+
+    params: SamplingParams
+    mode: int
+    since: int
+
+
 @dataclass(slots=True)
 class _Rows:
     """Row numbers by what they need; collected in one pass over the sequences."""
@@ -99,11 +109,35 @@ class SamplingPlanner:
         self._device = device
         self._table: torch.Tensor | None = None
         self._counted: dict[int, tuple[int, int]] = {}  # slot -> (handle, tokens counted)
+        self._kinds: list[_Kind | None] = [None] * max_num_seqs  # by slot
 
     @property
     def table_bytes(self) -> int:
         """Bytes of the table once it exists."""
         return self._max_num_seqs * self._vocab_size * 4
+
+    def greedy_mode(self, sampled: Sequence[ScheduledSequence]) -> int:
+        """The mode of `lorax_kernels.greedy` that gives every one of `sampled` what it wants. `NOTHING` if none does:
+        `plan` says what to do instead."""
+        mode = IDS if sampled else NOTHING
+        for item in sampled:
+            seq = item.seq
+            kind = self._kinds[seq.slot]
+            if kind is None or kind.params is not seq.sampling:
+                kind = self._kinds[seq.slot] = self._kind(seq.sampling)
+            if kind.mode == NOTHING or item.generated_index < kind.since:
+                return NOTHING
+            if kind.mode > mode:
+                mode = kind.mode
+        return mode
+
+    def _kind(self, params: SamplingParams) -> _Kind:
+        more = has_penalty(params) or is_random(params) or params.watermark or bool(params.logit_bias)
+        forbids = any(0 <= stop < self._vocab_size for stop in params.stop_token_ids)
+        mode = IDS if params.top_logprobs is None else SCORED
+        if more or (params.top_logprobs or 0) > 0:
+            mode = NOTHING
+        return _Kind(params, mode, params.min_new_tokens if forbids else 0)
 
     def plan(
         self, sampled: Sequence[ScheduledSequence], last_token: torch.Tensor, upload: Upload

@@ -23,6 +23,8 @@ class PendingStep:
     wanted: Sequence[int | None] = ()
     prompt_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
     copied: torch.cuda.Event | None = field(default=None)
+    of_every_row: bool = False
+    """`logprobs` has an entry for every row, else for those that want one."""
 
     @classmethod
     def without_tokens(cls, device: torch.device) -> PendingStep:
@@ -55,6 +57,25 @@ class PendingStep:
             step.copied.record()
         return step
 
+    @classmethod
+    def drawn(
+        cls,
+        ids: torch.Tensor,
+        logprobs: torch.Tensor | None,
+        wanted: Sequence[int | None],
+        prompt_logprobs: Mapping[int, torch.Tensor] | None,
+        event: torch.cuda.Event | None,
+    ) -> PendingStep:
+        """A step that writes to the host's memory itself: ids int32 and logprobs float32 of every row, the latter None
+        if nobody wants them. `event`, if the step is on CUDA, is recorded behind it."""
+        step = cls(ids, logprobs, wanted=wanted, of_every_row=True)
+        if prompt_logprobs:
+            step.prompt_logprobs = {row: _copied(scores) for row, scores in prompt_logprobs.items()}
+        if event is not None:
+            step.copied = event
+            event.record()
+        return step
+
     def result(self) -> StepResult:
         """Wait for the step; one entry a row that samples."""
         if self.copied is not None:
@@ -75,7 +96,7 @@ class PendingStep:
         rows = [row for row, count in enumerate(self.wanted) if count is not None]
         for position, row in enumerate(rows):
             count = self.wanted[row] or 0
-            result.logprobs[row] = chosen[position]
+            result.logprobs[row] = chosen[row if self.of_every_row else position]
             pairs: list[tuple[int, float]] = []
             if count and values is not None and ids is not None:
                 best = zip(ids[position][:count], values[position][:count], strict=True)
