@@ -145,11 +145,11 @@ def proven(choices: list[Choice], jobs: int) -> tuple[list[Choice], dict[str, st
     for thread in threads:
         thread.join()
     good = [choice for index, choice in enumerate(choices) if verdicts.get(index) == "ok"]
-    bad = {
-        f"{choices[index].width}{' silu' * choices[index].silu} {shown(choices[index].config, choices[index].silu)}": why
-        for index, why in sorted(verdicts.items())
-        if why != "ok"
-    }
+
+    def name(choice: Choice) -> str:
+        return f"{choice.width}{' silu' if choice.silu else ''} {shown(choice.config, choice.silu)}"
+
+    bad = {name(choices[index]): why for index, why in sorted(verdicts.items()) if why != "ok"}
     return good, bad
 
 
