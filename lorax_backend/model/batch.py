@@ -211,7 +211,10 @@ class BatchBuilder:
     def head_batch(self, items: list[ScheduledSequence]) -> LoraBatch | None:
         """The adapter rows of one row of logits for each of `items`."""
         slots = np.array([item.seq.adapter_slot for item in items], dtype=np.int32)
-        return self._lora_batch(self._having(slots, LM_HEAD)) if (slots >= 0).any() else None
+        if not (slots >= 0).any():
+            return None
+        having = self._having(slots, LM_HEAD)
+        return self._lora_batch(having) if (having >= 0).any() else None
 
     def head_lora(self, adapter_slot: int, rows: int) -> LoraBatch | None:
         """The adapter rows of `rows` rows of logits that all belong to one adapter."""

@@ -160,6 +160,8 @@ class DecodeGraphs:
         self._decoder, self._cache, self._builder, self._drawer = decoder, cache, builder, drawer
         max_pages = builder.arena.max_pages_per_slot
         self._inputs = _Inputs(self.sizes, builder.max_blocks, max_pages, builder.device)
+        self._listed: tuple[bytes, ...] = ()
+        self._last_work: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self._graphs: dict[tuple[int, bool], Recorded] = {}
         self._warm_up_prefill()
         for done, size in enumerate(reversed(self.sizes)):
@@ -193,7 +195,7 @@ class DecodeGraphs:
         adapter_slots[:count] = [item.seq.adapter_slot for item in items]
         with_lora = bool((adapter_slots >= 0).any())
         if with_lora:
-            self._list_work(adapter_slots, size)
+            self._repeat_work(host, adapter_slots, size)
         self._inputs.send(host, size, count, with_lora)
         recorded = self._graphs[size, with_lora]
         recorded.replay()
@@ -230,6 +232,18 @@ class DecodeGraphs:
         for name, value in (("ids", 0), ("pending", -1), ("positions", 0), ("contexts", 0)):
             host.parts[name][count:] = value
         host.slot_mapping[count:], host.slots[count:] = -1, -1
+
+    def _repeat_work(self, host: _Host, adapter_slots: npt.NDArray[np.int32], size: int) -> None:
+        """List the adapters' work, or take the last list again: from one decode step to the next it hardly changes, and
+        making it takes longer than the rest of a step's launch."""
+        arena = self._builder.arena
+        tables = arena.slot_ranks[adapter_slots], arena.slot_pages[adapter_slots]
+        listed = (adapter_slots.tobytes(), *(table.tobytes() for table in tables))
+        if listed == self._listed:
+            host.parts["work"][:] = self._last_work
+            return
+        self._list_work(adapter_slots, size)
+        self._listed, self._last_work = listed, host.parts["work"].copy()
 
     def _list_work(self, adapter_slots: npt.NDArray[np.int32], size: int) -> LoraBatch:
         arena = self._builder.arena

@@ -184,6 +184,29 @@ def test_a_step_launched_before_the_last_is_read_takes_its_ids_from_the_device(
         pair.step([(pair.add(prompt(rng, 9)), 9)])
 
 
+def test_a_decode_step_finds_an_adapter_that_came_to_other_pages_of_the_same_slot(
+    tiny_model_path: Callable[..., Path], adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work list of the last step is taken again only while it says the same."""
+    pair = Pair(tiny_model_path("llama"), [adapters[3], adapters[1]], monkeypatch)  # of one page and of two
+    live = [pair.add(prompt(random.Random(8), 7), 1), pair.add(prompt(random.Random(9), 9))]
+    pair.step([(each, len(each[0].token_ids)) for each in live])
+    for _ in range(2):
+        pair.step([(each, 1) for each in live])
+    pages = []
+    for gone in ([0], [0, 1]):  # the second adapter's pages are taken first, and free at last
+        for side, driver in enumerate((pair.eager, pair.graphs)):
+            arena = driver.runner.arena
+            for slot in gone:
+                arena.free(slot)
+            live[0][side].adapter_slot = driver.add_adapter(adapters[1])
+            assert live[0][side].adapter_slot == 0
+        pages.append(pair.graphs.runner.arena.slot_pages[0, :2].tolist())
+        for _ in range(2):
+            pair.step([(each, 1) for each in live])
+    assert pages[0] != pages[1]
+
+
 def test_a_step_that_fits_no_graph_runs_without(
     tiny_model_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
