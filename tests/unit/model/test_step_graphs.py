@@ -185,7 +185,10 @@ def test_a_step_launched_before_the_last_is_read_takes_its_ids_from_the_device(
 
 
 def test_a_decode_step_finds_an_adapter_that_came_to_other_pages_of_the_same_slot(
-    tiny_model_path: Callable[..., Path], adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    tiny_model_path: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    adapters: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The work list of the last step is taken again only while it says the same."""
     pair = Pair(tiny_model_path("llama"), [adapters[3], adapters[1]], monkeypatch)  # of one page and of two
@@ -194,12 +197,14 @@ def test_a_decode_step_finds_an_adapter_that_came_to_other_pages_of_the_same_slo
     for _ in range(2):
         pair.step([(each, 1) for each in live])
     pages = []
-    for gone in ([0], [0, 1]):  # the second adapter's pages are taken first, and free at last
+    other = tiny_adapter(tiny_model_path("llama"), seed=9, rank=12, targets=MODULES)
+    # The second adapter's pages are taken first, and free at last.
+    for folder, gone in ((adapters[1], [0]), (other, [0, 1])):
         for side, driver in enumerate((pair.eager, pair.graphs)):
             arena = driver.runner.arena
             for slot in gone:
                 arena.free(slot)
-            live[0][side].adapter_slot = driver.add_adapter(adapters[1])
+            live[0][side].adapter_slot = driver.add_adapter(folder)
             assert live[0][side].adapter_slot == 0
         pages.append(pair.graphs.runner.arena.slot_pages[0, :2].tolist())
         for _ in range(2):
