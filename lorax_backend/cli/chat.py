@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lorax_backend.cli.adapters import adapters_table
 from lorax_backend.cli.connection import add_adapter_flags, add_connection_flags, add_token_flag, connect
+from lorax_backend.cli.ctrl_c import CtrlC
 
 if TYPE_CHECKING:
     from lorax_triton import Client, StreamDetails
@@ -216,18 +217,20 @@ class Chat:
 
         shown: list[str] = []
         start = time.monotonic()
-        try:
-            ending = self._stream(text, shown, start)
-        except KeyboardInterrupt:
+        with CtrlC() as ctrl_c:
+            try:
+                ending = self._stream(text, shown, start, ctrl_c)
+            except LoraxError as error:
+                ending = f"error: {error}"
+                if not ctrl_c.pressed:
+                    self.failed = True
+                    if not shown:
+                        self._note(ending)
+                        return
+        if ctrl_c.pressed:
             if not self.interactive:
-                raise
+                raise KeyboardInterrupt
             ending = f"stopped after {time.monotonic() - start:.1f} s"
-        except LoraxError as error:
-            self.failed = True
-            ending = f"error: {error}"
-            if not shown:
-                self._note(ending)
-                return
         print(file=self.out, flush=True)
         self._note(f"[{self.adapter or 'base'}: {ending}]")
         if shown:
@@ -236,11 +239,12 @@ class Chat:
                 {"role": "assistant", "content": "".join(shown)},
             ]
 
-    def _stream(self, text: str, shown: list[str], start: float) -> str:
+    def _stream(self, text: str, shown: list[str], start: float, ctrl_c: CtrlC) -> str:
         """Print the answer's pieces, noting them in `shown`; how it ended, in words."""
         first: float | None = None
         details: StreamDetails | None = None
         with self.client.generate_stream(**self._prompt(text), **self._adapter(), **self.options) as stream:
+            ctrl_c.calls(stream.cancel)
             for item in stream:
                 first = time.monotonic() - start if first is None else first
                 details = item.details or details
