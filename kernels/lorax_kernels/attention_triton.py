@@ -255,7 +255,7 @@ def paged_attention(
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
     """`lorax_kernels.paged_attention` on a device."""
-    config = config or attention_config(batch.num_decodes, q.device.index)
+    config = config or attention_config(_padded(batch.num_decodes), q.device.index)
     if q.stride(2) != 1 or k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
         raise ValueError("paged_attention: head_dim must be contiguous and both caches laid out alike")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -279,7 +279,7 @@ def _decode(
     heads, dim = k_cache.shape[2], k_cache.shape[3]
     group = q.shape[1] // heads
     block_g, block_d = max(16, next_power_of_2(group)), next_power_of_2(dim)
-    splits = _decode_splits(batch.num_decodes * heads, config.waves * _num_sms(q.device.index))
+    splits = _decode_splits(_padded(batch.num_decodes) * heads, config.waves * _num_sms(q.device.index))
     space = _workspace(q.device, batch.num_decodes * heads, splits, block_g, block_d)
     pdl = node_config(q.device.index).pdl
     contexts = batch.context_lens if batch.fixed is None else batch.fixed.decode_contexts
@@ -324,6 +324,12 @@ def _block_n(wanted: int, block_d: int, dtype: torch.dtype) -> int:
     return max(16, min(wanted, wanted * 128 * 2 // (block_d * dtype.itemsize)))
 
 
+def _padded(num_decodes: int) -> int:
+    """The number of decodes that the launch is chosen for: one that graphs are captured for, so that a step beside
+    them needs no kernel that has not been compiled."""
+    return next_power_of_2(num_decodes) if num_decodes <= 8 else cdiv(num_decodes, 8) * 8
+
+
 def _decode_splits(cells: int, programs: int) -> int:
     """Programs a (sequence, key head) pair's context may be split over: a power of two, about `programs` in all."""
     wanted = max(1, programs // max(cells, 1))
@@ -338,7 +344,7 @@ def tile_rows(num_decodes: int, head_dim: int, dtype: torch.dtype, device: int |
     """Packed rows, (token, query head of the group) pairs, of a prefill tile in a batch of `num_decodes` decodes."""
     if _is_wide(next_power_of_2(head_dim), dtype):
         return 64
-    return attention_config(num_decodes, device).prefill_block_m
+    return attention_config(_padded(num_decodes), device).prefill_block_m
 
 
 def list_tiles(prefills: Iterable[tuple[int, int, int, int]], group: int, block_m: int) -> IntArray:
