@@ -55,6 +55,7 @@ def build_engine(config: ServerConfig, model_path: Path, progress: Callable[[str
         runner.close()
         raise
     limits = runner.limits
+    info = runner.info(time.monotonic() - started)
     scheduler = SchedulerSettings(
         num_blocks=runner.num_blocks,
         block_size=config.block_size,
@@ -67,12 +68,13 @@ def build_engine(config: ServerConfig, model_path: Path, progress: Callable[[str
         adapter_cycle_time_s=config.adapter_cycle_time_s,
         max_running_per_adapter=config.max_running_per_adapter,
         max_queued_per_adapter=config.max_queued_per_adapter,
+        small_step_tokens=max(info.prefill_graph_tokens, default=0),
         adapter_weights=weights,
     )
     overlaps = config.overlap and runner.device.type == "cuda"
     settings = EngineSettings(scheduler, 2 if overlaps else 1, vocab_size=runner.model_config.vocab_size)
     core = EngineCore(runner, adapters, settings)
-    return BuiltEngine(core, runner.info(time.monotonic() - started))
+    return BuiltEngine(core, info)
 
 
 def _has_own_process(config: ServerConfig) -> bool:

@@ -19,6 +19,9 @@ class SchedulerSettings:
     `skip_bound_s` is how long (seconds) later sequences may be admitted past one that finds no room. A level of
     `priority` counts as `priority_weight_s` seconds of waiting: higher priorities go first, yet none waits for ever.
 
+    Steps of up to `small_step_tokens` cost the runner less than their share of a larger one (0: none do). Where
+    sequences decode and no more prompt tokens wait than two such steps compute, a step is no larger.
+
     Adapters, and the base model, share the engine by `adapter_weights` (id -> weight, 1 for those not named; the base
     model is BASE_MODEL_ID). `fairness_bound_s` is how long one that waits may be given nothing before it goes first.
     When adapters wait for room on the device, those that have been in use for `adapter_cycle_time_s` seconds yield
@@ -43,6 +46,7 @@ class SchedulerSettings:
     adapter_cycle_time_s: float = 2.0
     max_running_per_adapter: int = 0
     max_queued_per_adapter: int = 0
+    small_step_tokens: int = 0
     adapter_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

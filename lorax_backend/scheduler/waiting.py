@@ -145,6 +145,16 @@ class WaitingQueues:
     def has_backlog(self) -> bool:
         return bool(self._backlogged)
 
+    def backlog_tokens(self, at_most: int) -> int:
+        """Tokens of the ready sequences; counted until there are more than `at_most`."""
+        total = 0
+        for queue in self._backlogged:
+            for seq in queue.ready:
+                total += seq.num_tokens
+                if total > at_most:
+                    return total
+        return total
+
     @property
     def busy(self) -> list[AdapterQueue]:
         """Queues with ready sequences that also run some."""

@@ -75,6 +75,35 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
     assert runner.batches[1:6] == [[(1, 1), (2, 7)]] * 4 + [[(1, 1), (2, 2)]]
 
 
+@pytest.mark.parametrize(
+    ("prompts", "steps"),
+    [
+        pytest.param([7], [[1, 7]], id="it fits a small step"),
+        pytest.param([12], [[1, 7], [1, 5]], id="two small steps"),
+        pytest.param([9, 5], [[1, 7], [1, 2, 5], [1, 1, 1]], id="several prompts"),
+        pytest.param([30], [[1, 15], [1, 7], [1, 7], [1, 1]], id="more than two are worth large steps"),
+    ],
+)
+def test_few_prompts_come_in_small_steps_beside_those_that_decode(
+    prompts: list[int], steps: list[list[int]]
+) -> None:
+    core, runner, _ = make_core(make_settings(max_batch_tokens=16, small_step_tokens=8))
+    core.add(make_request(1, [1, 2], max_new_tokens=20))
+    core.step()
+    for handle, length in enumerate(prompts, 2):
+        core.add(make_request(handle, [handle] * length, max_new_tokens=4))
+    for _ in steps:
+        core.step()
+    assert [[count for _, count in batch] for batch in runner.batches[1 : 1 + len(steps)]] == steps
+
+
+def test_prompts_that_nobody_waits_beside_come_in_large_steps() -> None:
+    core, runner, _ = make_core(make_settings(max_batch_tokens=16, small_step_tokens=8))
+    core.add(make_request(1, [1] * 15, max_new_tokens=2))
+    core.step()
+    assert runner.batches == [[(1, 15)]]
+
+
 def test_without_chunked_prefill_a_prompt_is_computed_whole() -> None:
     limits = make_settings(max_batch_tokens=8, max_input_length=30, chunked_prefill=False)
     core, runner, _ = make_core(limits)
