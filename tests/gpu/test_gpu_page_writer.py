@@ -58,7 +58,7 @@ def test_memory_that_is_not_page_locked_is_left_to_the_processor(tmp_path: Path)
 
 def test_a_real_models_adapter_is_written_in_parts_and_soon(tmp_path: Path) -> None:
     base = make_base(tmp_path, SMOLLM2)
-    writer = cases.CountingWriter(DEVICE, 1 << 20, 3)
+    writer = cases.CountingWriter(DEVICE, 4 << 20, 3)
     memory = HostMemory(base.layout, 2 * base.layout.page_size * 2, torch.bfloat16, pinned=True)
     for dtype in (torch.bfloat16, torch.float32):
         write_adapter(tmp_path / "a", cases.mixed_config(base), cases.mixed_tensors(base, dtype))
