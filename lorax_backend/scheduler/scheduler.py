@@ -30,6 +30,7 @@ from lorax_backend.scheduler.sequence import (
     StepResult,
 )
 from lorax_backend.scheduler.settings import SchedulerSettings
+from lorax_backend.scheduler.step_size import StepSize
 from lorax_backend.scheduler.waiting import WaitingQueues, queue_of
 from lorax_backend.types import FinishReason, TokenOutput
 
@@ -64,7 +65,7 @@ class Scheduler:
             self._admission.is_held_for_prefix,
         )
         self._errors: list[TokenOutput] = []
-        self._has_chunks = False  # the last step left some prompt unfinished
+        self._step_size = StepSize(settings, self._waiting, self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -154,7 +155,7 @@ class Scheduler:
         self._waiting.promote(self._adapters.is_ready, now, **limit)
         for seq in self._reclaim.victims(now):
             self._preempt(seq)
-        plan = StepPlan(self._step_budget(), prefill_first=self._admission.prefill_turn)
+        plan = StepPlan(self._step_size.budget(), prefill_first=self._admission.prefill_turn)
         self._admission.prefill_turn = False
         if plan.prefill_first:
             self._admission.fill(plan, self._prefilling(), now)
@@ -251,23 +252,6 @@ class Scheduler:
                 f"{len(self._sequences)}"
             )
 
-    def _step_budget(self) -> int:
-        """Tokens that this step may compute: of a few prompts, those that decode meanwhile feel less if they come in
-        small steps than all at once."""
-        settings, running = self.settings, len(self._running)
-        small = settings.small_step_tokens
-        if (
-            not settings.chunked_prefill
-            or not 0 < running <= small // 2
-            or not (self._has_chunks or self._waiting.has_backlog)
-        ):
-            return settings.step_budget
-        under_way = sum([seq.num_tokens - seq.num_computed for seq in self._running])
-        waiting = self._waiting.backlog_tokens(2 * small)
-        if small < under_way + waiting <= 2 * small + running:
-            return min(small, settings.step_budget)
-        return settings.step_budget
-
     def _decode(self, plan: StepPlan) -> list[Sequence]:
         """Schedule the next token of sequences whose prompt has been computed; the other running ones."""
         prefilling: list[Sequence] = []
@@ -297,7 +281,7 @@ class Scheduler:
 
     def _note_prompts(self, plan: StepPlan) -> None:
         """The step is complete: what it computes of prompts may be shared by the next."""
-        self._has_chunks = any([not item.sample for item in plan.prompts])
+        self._step_size.note(plan)
         for item in plan.prompts:
             seq = item.seq
             seq.num_computed = item.start + item.count
