@@ -6,6 +6,7 @@ only to ask for the configuration.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -71,10 +72,12 @@ class TritonPythonModel:
         threading.Thread(
             target=_watch, args=(self._service, self._finalizing), name="engine-watch", daemon=True
         ).start()
+        gc.collect()
+        gc.freeze()  # what has been loaded stays: no collection, which holds up every stream, looks at it again
         _log.info("ready, process %d", os.getpid())
 
     def execute(self, requests: list[Any]) -> None:
-        """Take in requests; their answers come from the service's sender threads."""
+        """Take in requests; their answers come from the service's sender threads. Meanwhile Triton brings no others."""
         for request in requests:
             channel = TritonChannel(request.get_response_sender())
             try:

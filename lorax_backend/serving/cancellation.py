@@ -36,6 +36,7 @@ class CancellationPoller:
         self._on_crash = on_crash
         self._wakeup = threading.Event()
         self._resting = False
+        self._asked = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="lorax-cancel-poller", daemon=True)
 
@@ -44,11 +45,14 @@ class CancellationPoller:
 
     def poke(self) -> None:
         """Look again now."""
+        self._asked = True
         self._wakeup.set()
 
     def poke_if_idle(self) -> None:
-        """There are live requests again."""
+        """There are live requests again. They are looked at after the usual time and not at once: their callers have
+        only just asked, and a look takes the road and the interpreter's lock that the requests need."""
         if self._resting:
+            self._resting = False
             self._wakeup.set()
 
     def stop(self, timeout: float) -> None:
@@ -64,8 +68,14 @@ class CancellationPoller:
                 wait = self._sweep()
             except BaseException as error:
                 self._on_crash(self._thread.name, error)
-            self._wakeup.wait(wait)
-            self._wakeup.clear()
+            self._wait(wait)
+            if wait is None and not (self._asked or self._stopping):
+                self._wait(self._interval)
+            self._asked = False
+
+    def _wait(self, seconds: float | None) -> None:
+        self._wakeup.wait(seconds)
+        self._wakeup.clear()
 
     def _sweep(self) -> float | None:
         """Ask all; the seconds to wait before the next sweep, None to rest until poked."""

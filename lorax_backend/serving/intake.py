@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lorax_backend.errors import CancelledError, GenerationError, LoraxError
+from lorax_backend.errors import CancelledError, GenerationError, LoraxError, ShuttingDownError
 from lorax_backend.serving.adapter_templates import AdapterTemplates, FileSource
 from lorax_backend.serving.answer import AnswerBuilder, PreparedPrompt
 from lorax_backend.serving.delivery import LiveRequest
+from lorax_backend.serving.given import RawRequest
 from lorax_backend.serving.lanes import Lanes
 from lorax_backend.serving.prompt import prepare, sibling
 from lorax_backend.serving.sequences import SequenceGroup
@@ -27,14 +28,32 @@ logger = logging.getLogger(__name__)
 
 # Threads that wait for adapters' own chat templates, each with a process in which it is rendered.
 _RENDER_THREADS = 4
+# What is short, in characters and token ids, is checked and tokenized in well under a millisecond. To hand it to
+# another thread, which must be woken and be given the interpreter's lock, takes some tenths of one.
+_SHORT_TEXT = 2048
+_SHORT_IDS = 4096
 
 _Fetch = tuple[AdapterRef, str | None]  # with whose token
+
+
+def is_short(raw: RawRequest) -> bool:
+    """True if nothing that the caller sent is long."""
+    return all(
+        len(value) <= (_SHORT_TEXT if isinstance(value, str) else _SHORT_IDS)
+        for values in (raw.fields, raw.parameters)
+        for value in values.values()
+        if isinstance(value, str | list | dict)
+    )
+
+
+def _stopped() -> ShuttingDownError:
+    return ShuttingDownError("the server has stopped")
 
 
 class Intake:
     """Prepares requests on its own threads: those of validation, which never wait for a network or a stranger's
     program, those that fetch what an adapter brings along, and those that wait for a template it brought, of which no
-    adapter takes more than one.
+    adapter takes more than one. A short request that comes alone is prepared where it is taken instead.
 
     Args:
         host: the service; its engine, tables and metrics are used.
@@ -53,21 +72,50 @@ class Intake:
         self._renderers = Lanes(_RENDER_THREADS, "lorax-render")
         self._lock = threading.Lock()
         self._waiting: dict[_Fetch, list[tuple[LiveRequest, GenerateRequest]]] = {}
+        self._num_queued = 0  # requests that the pool has and has not done with
+        self._stopped = False
 
-    def take(self, live: LiveRequest, parse: Callable[[], GenerateRequest]) -> None:
-        """Prepare a request soon; whatever becomes of it reaches its channel.
+    def take(self, live: LiveRequest, parse: Callable[[], GenerateRequest], short: bool = False) -> None:
+        """Prepare a request soon; whatever becomes of it reaches its channel. One that is `short` is prepared on this
+        very thread if nobody waits before it.
 
         Raises:
-            RuntimeError: the intake has been stopped.
+            ShuttingDownError: the intake has been stopped.
         """
-        self._pool.submit(self._guarded, live, lambda: self._validate(live, parse))
+        if self._stopped:
+            raise _stopped()
+        if short and not self._num_queued:
+            self._guarded(live, lambda: self._validate(live, parse, here=True))
+        else:
+            self._queue(live, lambda: self._validate(live, parse))
 
     def stop(self) -> None:
         """Take nothing more; what has not begun is dropped."""
+        self._stopped = True
         for pool in (self._pool, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)
         self._renderers.stop()
         self.adapter_templates.close()
+
+    def _queue(self, live: LiveRequest, work: Callable[[], None]) -> None:
+        """Have the pool do a part of a request's preparation.
+
+        Raises:
+            ShuttingDownError: the intake has been stopped.
+        """
+        with self._lock:
+            self._num_queued += 1
+        try:
+            self._pool.submit(self._run_queued, live, work)
+        except RuntimeError:
+            raise _stopped() from None
+
+    def _run_queued(self, live: LiveRequest, work: Callable[[], None]) -> None:
+        try:
+            self._guarded(live, work)
+        finally:
+            with self._lock:
+                self._num_queued -= 1
 
     def _guarded(self, live: LiveRequest, work: Callable[[], None]) -> None:
         """Run a part of a request's preparation; what goes wrong ends that request alone."""
@@ -81,8 +129,9 @@ class Intake:
             logger.exception("request %s failed before it reached the engine", live.request_id)
             live.fail(GenerationError(f"internal error: {type(error).__name__}: {error}"))
 
-    def _validate(self, live: LiveRequest, parse: Callable[[], GenerateRequest]) -> None:
-        """Check the request and choose its adapter."""
+    def _validate(self, live: LiveRequest, parse: Callable[[], GenerateRequest], here: bool = False) -> None:
+        """Check the request and choose its adapter. `here` says that this is the thread that brought it, which does no
+        more than a short prompt for one answer takes."""
         host = self._host
         request = parse()
         live.request = request
@@ -91,6 +140,13 @@ class Intake:
         host.admission.enter(live.handle, ref)
         if live.ended:  # cancelled meanwhile, and forgotten before it was counted
             host.admission.leave(live.handle)
+        if here and (request.messages is not None or max(request.n, request.best_of) > 1):
+            self._queue(live, lambda: self._choose_template(live, request, ref))
+        else:
+            self._choose_template(live, request, ref)
+
+    def _choose_template(self, live: LiveRequest, request: GenerateRequest, ref: AdapterRef | None) -> None:
+        """Go on to the preparation, in which a chat for an adapter takes the template it brought along, if any."""
         if request.messages is None or ref is None:
             self._prepare(live, request)
         elif self.adapter_templates.known(ref):

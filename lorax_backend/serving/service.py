@@ -1,8 +1,9 @@
 """The serving side of the engine: requests in, events out, and nothing left hanging.
 
-Standard library and the serving package only. Threads: the caller of `submit` only registers the request; a small
-pool checks and tokenizes it; the engine's thread hands over tokens; sender threads build and send events; one poller
-asks for cancellations. Whatever fails, every live request gets a final event.
+Standard library and the serving package only. Threads: the caller of `submit` registers the request, and checks and
+tokenizes it if it is short and comes alone, otherwise a small pool does that; the engine's thread hands over tokens;
+sender threads build and send events; one poller asks for cancellations. Whatever fails, every live request gets a final
+event.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lorax_backend.serving.cancellation import CancellationPoller
 from lorax_backend.serving.control import preload_adapters, run_command
 from lorax_backend.serving.delivery import EventStream, LiveRequest, ResponseChannel, Sender
 from lorax_backend.serving.given import RawRequest
-from lorax_backend.serving.intake import Intake
+from lorax_backend.serving.intake import Intake, is_short
 from lorax_backend.serving.live_requests import LiveRequests
 from lorax_backend.serving.metrics import MetricsRegistry
 from lorax_backend.serving.parameters import parse_request
@@ -185,8 +186,9 @@ class GenerationService:
     # ---- requests ----
 
     def submit(self, raw: RawRequest, channel: ResponseChannel) -> None:
-        """Take a request as it arrived; returns at once. All outcomes, refusals included, go to `channel`."""
-        self._take(raw.request_id, channel, lambda: parse_request(raw, self.config))
+        """Take a request as it arrived; returns within a millisecond or so. All outcomes, refusals included, go to
+        `channel`."""
+        self._take(raw.request_id, channel, lambda: parse_request(raw, self.config), is_short(raw))
 
     def submit_request(self, request: GenerateRequest, channel: ResponseChannel) -> None:
         """Take a request that is already parsed; like `submit`."""
@@ -251,7 +253,13 @@ class GenerationService:
 
     # ---- inside ----
 
-    def _take(self, request_id: str, channel: ResponseChannel, parse: Callable[[], GenerateRequest]) -> None:
+    def _take(
+        self,
+        request_id: str,
+        channel: ResponseChannel,
+        parse: Callable[[], GenerateRequest],
+        short: bool = False,
+    ) -> None:
         """Register a request and have it validated, or tell its channel why not."""
         handle = self.next_handle()
         live = LiveRequest(handle, request_id, channel, self._senders[handle % len(self._senders)])
@@ -260,15 +268,16 @@ class GenerationService:
             live.error = (refusal or ShuttingDownError("the server has stopped")).to_dict()
             self._deliver(live)  # no sender runs
             return
-        self._metrics.in_flight(len(self._live))
-        self._poller.poke_if_idle()
         if refusal is not None:
             live.fail(refusal)
-            return
-        try:
-            self._intake.take(live, parse)
-        except RuntimeError:  # it has been stopped since
-            live.fail(ShuttingDownError("the server has stopped"))
+        else:
+            try:
+                self._intake.take(live, parse, short)
+            except ShuttingDownError as error:  # it has been stopped since
+                live.fail(error)
+        # Last, as these would only keep the request from the engine.
+        self._metrics.in_flight(len(self._live))
+        self._poller.poke_if_idle()
 
     def _refusal(self) -> LoraxError | None:
         if self._dead_reason is not None:
