@@ -22,16 +22,22 @@ _PROGRAMS = 32
 
 
 def write_pages(
-    raw: torch.Tensor, begin: int, table: PageTable, first: int, last: int, pages: torch.Tensor
+    raw: torch.Tensor,
+    begin: int,
+    table: PageTable,
+    tasks: tuple[int, int],
+    pages: torch.Tensor,
+    bad: torch.Tensor,
 ) -> None:
-    """Write the tasks [first, last) of a table.
+    """Write some tasks of a table: those from the first to before the second number of `tasks`.
 
     Args:
         raw: [elements] of the file's dtype on the device, what the file holds from byte `begin` on; every source of
             these tasks lies in it, a whole number of elements from its begin.
         pages: [num_pages, page_size] of the adapter's dtype, on the device or in page-locked memory of the host.
+        bad: int32 [tasks of the table], made 1 for those that hold NaN or infinity.
     """
-    tiles = table.first_tile[first], table.first_tile[last]
+    tiles = table.first_tile[tasks[0]], table.first_tile[tasks[1]]
     if tiles[0] == tiles[1]:
         return
     aligned = table.aligned and pages.stride(0) % VECTOR == 0 and pages.storage_offset() % VECTOR == 0
@@ -41,7 +47,7 @@ def write_pages(
         table.scales,
         table.tiles,
         pages,
-        table.bad,
+        bad,
         begin,
         *tiles,
         pages.stride(0),

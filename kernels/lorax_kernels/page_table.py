@@ -46,7 +46,6 @@ class PageTable:
         scales: float32 [tasks].
         tiles: int32 [tiles, 3]: task, page and block of columns of each piece of work, in the order of the tasks.
         first_tile: for each task the number of its first tile, and at the end the number of tiles; on the host.
-        bad: int32 [tasks], made 1 for those that hold NaN or infinity.
         aligned: rows begin at multiples of eight elements in the pages and are as wide.
     """
 
@@ -54,7 +53,6 @@ class PageTable:
     scales: torch.Tensor
     tiles: torch.Tensor
     first_tile: list[int]
-    bad: torch.Tensor
     aligned: bool
 
 
@@ -73,6 +71,5 @@ def make_page_table(tasks: Sequence[PageTask], num_pages: int, device: torch.dev
         scales=torch.tensor([task.scale for task in tasks], dtype=torch.float32).to(device),
         tiles=torch.from_numpy(tiles).to(device),
         first_tile=first.tolist(),
-        bad=torch.zeros(len(tasks), dtype=torch.int32, device=device),
         aligned=not any((t.target | t.width | t.row_stride) % VECTOR for t in tasks),
     )

@@ -6,23 +6,33 @@ each one fixed costs its author an upload.
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from lorax_backend.adapters.adapter_plan import AdapterPlan, Module, Problems, file_stamp
+from lorax_backend.adapters.adapter_plan import AdapterPlan, Module, Problems, Structure, file_stamp
 from lorax_backend.adapters.host_adapter import HostAdapter
 from lorax_backend.adapters.page_writer import PageWriter
-from lorax_backend.adapters.peft_config import PeftConfig, read_peft_config
+from lorax_backend.adapters.peft_config import MAX_CONFIG_BYTES, PeftConfig, read_peft_config
 from lorax_backend.adapters.tensor_names import LORA_A, LORA_B, TensorName, parse_tensor_name
-from lorax_backend.adapters.weight_files import CONFIG_NAME, choose_weight_names
-from lorax_backend.adapters.weight_reader import StoredTensor, WeightFileError, file_format, read_header
+from lorax_backend.adapters.weight_files import CONFIG_NAME, PICKLE_NAME, choose_weight_names
+from lorax_backend.adapters.weight_reader import (
+    StoredTensor,
+    WeightFileError,
+    file_format,
+    read_header,
+    read_raw_header,
+)
 from lorax_backend.errors import AdapterIncompatibleError, AdapterNotFoundError
 from lorax_backend.model.lora import LoraTarget
 from lorax_kernels.layout import PageLayout
 
 _DTYPES = ("F32", "F16", "BF16", "F64")
+_MAX_KNOWN = 32
 
 
 def load_adapter(
@@ -41,40 +51,112 @@ def inspect_adapter(
     allow_pickle: bool = False,
     writer: PageWriter | None = None,
 ) -> AdapterPlan:
-    """Check the PEFT adapter in `folder` against the base model, reading headers only.
+    """`AdapterInspector.inspect`, once."""
+    return AdapterInspector(targets, layout, dtype, max_rank, allow_pickle, writer).inspect(folder)
 
-    `targets` maps module paths of the base model to their places in `layout`. The weights will be in `dtype`, with
-    the scaling (alpha / r, or alpha / sqrt(r)) folded into B in float32 before the cast. `allow_pickle` lets
-    adapter_model.bin be read where there are no safetensors. `writer` is for the plan.
+
+class AdapterInspector:
+    """Checks adapters against one base model; from any thread."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, LoraTarget],
+        layout: PageLayout,
+        dtype: torch.dtype,
+        max_rank: int,
+        allow_pickle: bool = False,
+        writer: PageWriter | None = None,
+    ) -> None:
+        """`targets` maps module paths of the base model to their places in `layout`. The weights will be in `dtype`,
+        with the scaling (alpha / r, or alpha / sqrt(r)) folded into B in float32 before the cast. `allow_pickle` lets
+        adapter_model.bin be read where there are no safetensors. `writer` is for the plans."""
+        self._targets = targets
+        self._layout = layout
+        self._dtype = dtype
+        self._max_rank = max_rank
+        self._allow_pickle = allow_pickle
+        self._writer = writer
+        self._known: OrderedDict[bytes, Structure] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def inspect(self, folder: Path) -> AdapterPlan:
+        """Check the PEFT adapter in `folder`, reading headers only. One that has the configuration and the headers of
+        another, byte for byte, as adapters trained by one program mostly have, is not looked at any further.
+
+        Raises:
+            AdapterNotFoundError: the folder holds no adapter_config.json or no weights.
+            AdapterIncompatibleError: naming everything that does not fit the base or is not supported.
+            AdapterTooLargeError: the only problem is a rank above `max_rank`.
+        """
+        try:
+            names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+            if CONFIG_NAME not in names:
+                raise FileNotFoundError
+            weights = choose_weight_names(names, self._allow_pickle)
+            stamps = {name: file_stamp(folder / name) for name in weights}
+            key = _fingerprint(folder, weights)
+            structure = self._recall(key)
+            if structure is None:
+                structure = self._look_at(folder, weights)
+                if key == _fingerprint(folder, weights):  # else it was replaced meanwhile, and may be a mix
+                    self._remember(key, structure)
+        except (FileNotFoundError, NotADirectoryError):
+            raise AdapterNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no PEFT adapter") from None
+        except OSError as error:
+            raise AdapterNotFoundError(f"adapter folder {folder} cannot be read: {error.strerror}") from None
+        return AdapterPlan(folder, structure, self._layout, self._dtype, stamps, self._writer)
+
+    def _look_at(self, folder: Path, weights: Iterable[str]) -> Structure:
+        problems = Problems()
+        config, config_problems = read_peft_config(folder)
+        for problem in config_problems:
+            problems.add(problem)
+        stored = [tensor for name in weights for tensor in _read_header(folder / name, problems)]
+        modules = _match_modules(stored, self._targets, problems)
+        for module in modules.values():
+            _check_shapes(module, problems)
+        if config is not None:
+            _check_against_config(modules, config, self._max_rank, problems)
+        problems.raise_if_any(folder)
+        if not modules:
+            raise AdapterIncompatibleError(f"adapter {folder.name} holds no LoRA weights")
+        return Structure(max(module.rank for module in modules.values()), modules)
+
+    def _recall(self, key: bytes | None) -> Structure | None:
+        with self._lock:
+            structure = self._known.get(key) if key is not None else None
+            if structure is not None and key is not None:
+                self._known.move_to_end(key)
+            return structure
+
+    def _remember(self, key: bytes | None, structure: Structure) -> None:
+        if key is None:
+            return
+        with self._lock:
+            self._known[key] = structure
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+
+
+def _fingerprint(folder: Path, weights: Iterable[str]) -> bytes | None:
+    """Tells adapters apart by all that is looked at in them; None for files that must be read in full for that, and
+    for damaged ones.
 
     Raises:
-        AdapterNotFoundError: the folder holds no adapter_config.json or no weights.
-        AdapterIncompatibleError: naming everything that does not fit the base or is not supported.
-        AdapterTooLargeError: the only problem is a rank above `max_rank`.
+        OSError: the configuration cannot be read.
     """
-    problems = Problems()
-    try:
-        config, config_problems = read_peft_config(folder)
-        names = [entry.name for entry in folder.iterdir() if entry.is_file()]
-        weights = choose_weight_names(names, allow_pickle)
-    except (FileNotFoundError, NotADirectoryError):
-        raise AdapterNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is no PEFT adapter") from None
-    except OSError as error:
-        raise AdapterNotFoundError(f"adapter folder {folder} cannot be read: {error.strerror}") from None
-    for problem in config_problems:
-        problems.add(problem)
-    stamps = {folder / name: file_stamp(folder / name) for name in weights}
-    stored = [tensor for file in stamps for tensor in _read_header(file, problems)]
-    modules = _match_modules(stored, targets, problems)
-    for module in modules.values():
-        _check_shapes(module, problems)
-    if config is not None:
-        _check_against_config(modules, config, max_rank, problems)
-    problems.raise_if_any(folder)
-    if not modules:
-        raise AdapterIncompatibleError(f"adapter {folder.name} holds no LoRA weights")
-    rank = max(module.rank for module in modules.values())
-    return AdapterPlan(folder, rank, layout, dtype, modules, stamps, writer)
+    with (folder / CONFIG_NAME).open("rb") as opened:
+        found = hashlib.sha256(opened.read(MAX_CONFIG_BYTES + 1))
+    for name in weights:
+        if name == PICKLE_NAME:
+            return None
+        try:
+            size, header = read_raw_header(folder / name)
+        except (OSError, ValueError):
+            return None
+        found.update(f"{name} {size} {len(header)} ".encode())
+        found.update(header)
+    return found.digest()
 
 
 def _read_header(file: Path, problems: Problems) -> list[StoredTensor]:

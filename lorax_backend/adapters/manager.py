@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
-from lorax_backend.adapters.adapter_plan import AdapterPlan
 from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.adapters.background import COPY, DISK, DOWNLOAD, PERMISSION, READ
-from lorax_backend.adapters.checkpoint import inspect_adapter
+from lorax_backend.adapters.checkpoint import AdapterInspector
 from lorax_backend.adapters.host_memory import HostMemory
 from lorax_backend.adapters.lifecycle import AdapterLifecycle
 from lorax_backend.adapters.loader import AdapterLoader
@@ -41,11 +39,9 @@ class AdapterManager(AdapterLifecycle):
         """`targets`, `layout` and `dtype` are the model's; `sources` replaces those of `create_sources(config)`;
         `writer` brings weights into pages where it can, instead of the processor."""
 
-        def inspect(folder: Path) -> AdapterPlan:
-            return inspect_adapter(
-                folder, targets, layout, dtype, config.max_lora_rank, config.allow_pickle_adapters, writer
-            )
-
+        inspector = AdapterInspector(
+            targets, layout, dtype, config.max_lora_rank, config.allow_pickle_adapters, writer
+        )
         disk = None
         if sources is None:
             disk = create_disk_cache(config)
@@ -59,7 +55,7 @@ class AdapterManager(AdapterLifecycle):
         lanes = {DOWNLOAD: threads, READ: threads, PERMISSION: _PERMISSION_THREADS, COPY: 2, DISK: 1}
         parts = AdapterParts(
             sources=sources,
-            inspect=inspect,
+            inspect=inspector.inspect,
             arena=arena,
             memory=self._memory,
             loader=AdapterLoader(lanes),

@@ -34,6 +34,16 @@ class _Buffer:
     free: torch.cuda.Event | None
 
 
+@dataclass(frozen=True, slots=True)
+class PageProgram:
+    """What `PageWriter.write` does with a file of tensors of type `dtype`: the table, and by which parts of the file
+    (see `_parts`)."""
+
+    dtype: torch.dtype
+    table: PageTable
+    parts: tuple[tuple[int, int, int, int], ...]
+
+
 class PageWriter:
     """Any thread may call `write`, several at a time; each waits for its own adapter only.
 
@@ -63,9 +73,9 @@ class PageWriter:
         task = PageTask(0, 0, 1, site.in_features, site.in_features)
         with self._on_stream(), self._buffer() as buffer:
             buffer.device.zero_()
-            table = make_page_table([task], 1, self._device)
+            table, bad = make_page_table([task], 1, self._device), self._flags(1)
             for dtype in _DTYPES:
-                self._launch(buffer.device.view(dtype), 0, table, 0, 1, pages)
+                self._launch(buffer.device.view(dtype), 0, table, (0, 1), pages, bad)
         self._wait()
 
     def reaches(self, pages: torch.Tensor) -> bool:
@@ -84,32 +94,42 @@ class PageWriter:
             and len({task.source % item for task in tasks}) == 1
         )
 
-    def write(
-        self, opened: FileIO, dtype: torch.dtype, tasks: Sequence[PageTask], pages: torch.Tensor
-    ) -> list[int]:
-        """Write tensors of type `dtype` of an open file into `pages` [num_pages, page_size]; the numbers of the tasks
-        that hold NaN or infinity. Tasks without a source come first, the others in the order of the file.
+    def prepare(self, dtype: torch.dtype, tasks: Sequence[PageTask], num_pages: int) -> PageProgram:
+        """How to write tensors of type `dtype` of a file into pages [num_pages, page_size], for tasks that it takes:
+        those without a source first, the others in the order of the file."""
+        with self._on_stream():
+            table = make_page_table(tasks, num_pages, self._device)
+        return PageProgram(dtype, table, tuple(_parts(tasks, dtype.itemsize, self._buffer_bytes)))
+
+    def write(self, opened: FileIO, program: PageProgram, pages: torch.Tensor) -> list[int]:
+        """Write the tensors of an open file into `pages` [num_pages, page_size]; the numbers of the tasks that hold NaN
+        or infinity.
 
         Raises:
             OSError, ValueError: the file cannot be read or ends too soon. Nothing writes to the pages any more then.
         """
         with self._on_stream():
-            table = make_page_table(tasks, pages.shape[0], self._device)
+            bad = self._flags(len(program.table.first_tile) - 1)
             try:
-                for first, last, begin, end in _parts(tasks, dtype.itemsize, self._buffer_bytes):
+                for first, last, begin, end in program.parts:
                     with self._buffer() as buffer:
                         size = end - begin
                         read_into(opened, begin, buffer.host[:size])
                         if buffer.device is not buffer.host:
                             buffer.device[:size].copy_(buffer.host[:size], non_blocking=True)
-                        self._launch(buffer.device.view(dtype), begin, table, first, last, pages)
-                return self._bad(table)
+                        raw = buffer.device.view(program.dtype)
+                        self._launch(raw, begin, program.table, (first, last), pages, bad)
+                return self._read(bad)
             finally:
                 self._wait()
 
-    def _bad(self, table: PageTable) -> list[int]:
-        found = torch.empty(table.bad.shape, dtype=table.bad.dtype, pin_memory=self._stream is not None)
-        found.copy_(table.bad, non_blocking=True)
+    def _flags(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=self._device)
+
+    def _read(self, flags: torch.Tensor) -> list[int]:
+        """The numbers of those that are set."""
+        found = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=self._stream is not None)
+        found.copy_(flags, non_blocking=True)
         self._wait()
         return found.nonzero().flatten().tolist()
 

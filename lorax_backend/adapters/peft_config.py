@@ -18,7 +18,7 @@ import regex  # type: ignore[import-untyped]
 
 from lorax_backend.adapters.weight_files import CONFIG_NAME
 
-_MAX_CONFIG_BYTES = 4 << 20
+MAX_CONFIG_BYTES = 4 << 20
 # A hostile pattern holds up other threads no longer than one match, and its own adapter no longer than the budget.
 _MATCH_TIMEOUT_S = 0.1
 _PATTERN_BUDGET_S = 1.0
@@ -189,8 +189,8 @@ def read_peft_config(folder: Path) -> tuple[PeftConfig | None, list[str]]:
         OSError: it cannot be read.
     """
     path = folder / CONFIG_NAME
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        return None, [f"{CONFIG_NAME} is larger than {_MAX_CONFIG_BYTES} bytes"]
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        return None, [f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes"]
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

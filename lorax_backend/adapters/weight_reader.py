@@ -30,9 +30,9 @@ class WeightFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a file says of a tensor; `dtype` in safetensors' words."""
+    """What a file says of a tensor; `file` is the file's name, `dtype` in safetensors' words."""
 
-    file: Path
+    file: str
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -51,7 +51,9 @@ def read_header(file: Path) -> list[StoredTensor]:
     """
     if file.name == PICKLE_NAME:
         return [
-            StoredTensor(file, name, tuple(tensor.shape), _PICKLE_DTYPES.get(tensor.dtype, str(tensor.dtype)))
+            StoredTensor(
+                file.name, name, tuple(tensor.shape), _PICKLE_DTYPES.get(tensor.dtype, str(tensor.dtype))
+            )
             for name, tensor in read_tensors(file).items()
         ]
     try:
@@ -59,7 +61,7 @@ def read_header(file: Path) -> list[StoredTensor]:
             tensors = []
             for name in handle.keys():  # noqa: SIM118 - not a mapping
                 view = handle.get_slice(name)
-                tensors.append(StoredTensor(file, name, tuple(view.get_shape()), view.get_dtype()))
+                tensors.append(StoredTensor(file.name, name, tuple(view.get_shape()), view.get_dtype()))
             return tensors
     except (SafetensorError, OSError) as error:
         raise WeightFileError(str(error)) from None
@@ -112,6 +114,18 @@ def read_extents(opened: FileIO) -> dict[str, Extent]:
     size = os.fstat(opened.fileno()).st_size
     length = _header_length(os.pread(opened.fileno(), 8, 0), size)
     return _extents(os.pread(opened.fileno(), length, 8), size)
+
+
+def read_raw_header(file: Path) -> tuple[int, bytes]:
+    """Bytes of a safetensors file, and the bytes of its header.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or has none.
+    """
+    with file.open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        length = _header_length(os.pread(opened.fileno(), 8, 0), size)
+        return size, os.pread(opened.fileno(), length, 8)
 
 
 def read_into(opened: FileIO, begin: int, target: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from adapter_files import Base, read_files
 from adapter_server import AdapterServer
 from hub_server import HubServer
 
-from lorax_backend.adapters.checkpoint import inspect_adapter
+from lorax_backend.adapters.checkpoint import AdapterInspector
 from lorax_backend.errors import (
     AdapterDownloadError,
     AdapterIncompatibleError,
@@ -59,12 +59,14 @@ def test_a09_weights_that_change_between_their_naming_and_their_check_do_not_get
     folder = make_adapter(seed=1)
     changes = [2]
 
+    inspect = AdapterInspector.inspect
+
     def meanwhile(*arguments: Any) -> Any:
         if changes:
             make_adapter(seed=changes.pop(), lora_alpha=3)
-        return inspect_adapter(*arguments)
+        return inspect(*arguments)
 
-    monkeypatch.setattr("lorax_backend.adapters.manager.inspect_adapter", meanwhile)
+    monkeypatch.setattr(AdapterInspector, "inspect", meanwhile)
     server = make_server()
     ref = AdapterRef("local", str(folder))
     assert "changed" in server.error(ref).message
