@@ -92,9 +92,13 @@ class Driver:
     def alive(self) -> bool:
         return self.engine.alive and not self.dead
 
-    def send(self, load: Load, due: float | None = None) -> Record:
-        """Submit one request now; its prompt is random, so that no two share a prefix."""
-        prompt = self._rng.integers(10, self._vocab_size, load.prompt).tolist()
+    def prompt_of(self, load: Load) -> list[int]:
+        """Random token ids, so that no two prompts share a prefix."""
+        return self._rng.integers(10, self._vocab_size, load.prompt).tolist()
+
+    def send(self, load: Load, due: float | None = None, prompt: list[int] | None = None) -> Record:
+        """Submit one request now."""
+        prompt = self.prompt_of(load) if prompt is None else prompt
         record = Record(load, time.perf_counter() if due is None else due)
         with self._changed:
             self._handle += 1
@@ -111,16 +115,18 @@ class Driver:
         Raises:
             RuntimeError: the engine died.
         """
+        # Made beforehand: the time this takes is not the engine's.
+        ready = [(load, self.prompt_of(load)) for load in sorted(loads, key=lambda load: load.arrival)]
         start = time.perf_counter()
         records = []
-        for load in sorted(loads, key=lambda load: load.arrival):
+        for load, prompt in ready:
             wait = start + load.arrival - time.perf_counter()
             if wait > 0:
                 time.sleep(wait)
             if before is not None:
                 before(load)
             # Work done for it just now is not the engine's delay.
-            records.append(self.send(load, time.perf_counter() if before else start + load.arrival))
+            records.append(self.send(load, time.perf_counter() if before else start + load.arrival, prompt))
         self.wait()
         return records
 
