@@ -10,13 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from filelock import Timeout as FileLockTimeout
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 
 from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
 from lorax_backend.adapters.sources.base import FetchedAdapter
 from lorax_backend.adapters.sources.hub_errors import is_disk_full, is_transient, retry_after, translate
-from lorax_backend.adapters.sources.hub_parts import REQUEST_TIMEOUT_S, download_blob
+from lorax_backend.adapters.sources.hub_parts import REQUEST_TIMEOUT_S, HubParts
 from lorax_backend.adapters.sources.retry import Retry
 from lorax_backend.adapters.sources.tokens import token_digest
 from lorax_backend.adapters.weight_files import CONFIG_NAME, TEMPLATE_NAMES, choose_weight_names
@@ -32,7 +40,6 @@ T = TypeVar("T")
 
 _TRUE = ("1", "true", "yes", "on")
 _MAIN = "main"
-_WEIGHTS = (".safetensors", ".bin")
 _DOWNLOADS = 3  # of one adapter, when its files vanish meanwhile
 
 
@@ -52,7 +59,7 @@ class HubSource:
         disk: the disk cache that `cache_dir` is a part of, if it is; files that are in Hugging Face's own cache
             already are then used where they are.
         max_bytes: largest total size of an adapter's files.
-        deadline_s: seconds after which a fetch is not tried again.
+        deadline_s: seconds after which a fetch is not tried again, and a transfer under way ends.
         allow_pickle: take adapter_model.bin where there are no safetensors.
     """
 
@@ -203,17 +210,13 @@ class _HubClient:
         """One file in the cache, downloaded unless it is there; a partial file is taken up where it ended, one of
         another size than `size` is downloaded anew."""
 
-        def work(force: bool = False) -> Path:
-            if name.endswith(_WEIGHTS) and not force:
-                download_blob(
-                    self.ref.id,
-                    name,
-                    revision,
-                    self.source.cache_dir,
-                    self.endpoint,
-                    self.token,
-                    self.source.deadline_s,
-                )
+        def work() -> Path:
+            try:
+                self._parts().bring(name, revision, size)
+            except FileLockTimeout:
+                raise AdapterDownloadError(
+                    f"{self.ref}: somebody else's download of it does not end"
+                ) from None
             path = hf_hub_download(
                 self.ref.id,
                 name,
@@ -223,16 +226,10 @@ class _HubClient:
                 token=self.token or False,
                 etag_timeout=REQUEST_TIMEOUT_S,
                 library_name="lorax-triton",
-                force_download=force,
             )
             return Path(path)
 
-        path = self._try(work)
-        try:
-            whole = not size or path.stat().st_size == size
-        except FileNotFoundError:  # it has just been removed
-            whole = False
-        return path if whole else self._try(lambda: work(force=True))
+        return self._try(work)
 
     def remember_revision(self, commit: str) -> None:
         """Let the cache know the commit a branch stands for, so that the adapter is found offline later."""
@@ -243,6 +240,18 @@ class _HubClient:
         if branch != commit and not (isinstance(known, str) and Path(known).parent.name == commit):
             with contextlib.suppress(Exception):  # only a convenience for later
                 self.download(CONFIG_NAME, branch)
+
+    def _parts(self) -> HubParts:
+        source = self.source
+        return HubParts(
+            self.ref.id,
+            Path(source.cache_dir or constants.HF_HUB_CACHE),
+            self.endpoint,
+            self.token,
+            self.started,
+            source.deadline_s,
+            source.sleep,
+        )
 
     def _try(self, call: Callable[[], T]) -> T:
         source = self.source

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
+from lorax_backend.adapters.sources.retry import OutOfTimeError
 from lorax_backend.errors import (
     AdapterDownloadError,
     AdapterError,
@@ -34,6 +35,8 @@ def translate(error: Exception, ref: AdapterRef, with_token: bool) -> AdapterErr
     """The error to give to the caller; an `AdapterError` is passed through."""
     if isinstance(error, AdapterError):
         return error
+    if isinstance(error, OutOfTimeError):
+        return error.told(ref)
     token = "the given token may not read it" if with_token else "it needs an api_token"
     for cause in _causes(error):
         if isinstance(cause, GatedRepoError):

@@ -8,12 +8,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lorax_backend.errors import AdapterError
+from lorax_backend.errors import AdapterDownloadError, AdapterError
+from lorax_backend.types import AdapterRef
 
 T = TypeVar("T")
 
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 8.0
+
+
+class OutOfTimeError(Exception):
+    """A download did not end in its time; what has come is the beginning of the file all the same."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+    def told(self, ref: AdapterRef) -> AdapterDownloadError:
+        """The error to give to the caller."""
+        return AdapterDownloadError(
+            f"{ref}: its download did not end within {self.seconds:g} s (adapter_load_timeout_s); the next one goes "
+            "on where it stopped"
+        )
 
 
 @dataclass(frozen=True, slots=True)

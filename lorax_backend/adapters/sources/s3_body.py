@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from lorax_backend.adapters.sources.s3_errors import OutOfTimeError
+from lorax_backend.adapters.sources.retry import OutOfTimeError
 
 _CHUNK = 1 << 20
 

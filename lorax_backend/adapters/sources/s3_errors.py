@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from lorax_backend.adapters.sources.retry import OutOfTimeError
 from lorax_backend.errors import AdapterDownloadError, AdapterError, AdapterNotFoundError, LoraxError
 from lorax_backend.types import AdapterRef
 
@@ -24,24 +25,13 @@ class ShortReadError(Exception):
     """The connection ended before the file did."""
 
 
-class OutOfTimeError(Exception):
-    """The download did not end in its time; what has come is the beginning of the file all the same."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
-
-
 def translate(error: Exception, ref: AdapterRef) -> AdapterError:
     """The error to give to the caller; one of ours is passed through. A bucket, key or right that is missing is told
     in the same words, and without the address, which may be the operator's secret."""
     if isinstance(error, LoraxError):
         raise error
     if isinstance(error, OutOfTimeError):
-        return AdapterDownloadError(
-            f"{ref}: its download did not end within {error.seconds:g} s (adapter_load_timeout_s); the next one goes "
-            "on where it stopped"
-        )
+        return error.told(ref)
     status, code = _status(error), _code(error)
     if code in _KEY_CODES:
         return AdapterDownloadError(
