@@ -113,7 +113,7 @@ class Chat:
             self._note(
                 "the model has no chat template: every line is sent as it is, without what came before"
             )
-        self._check_adapter()
+        self._check_adapter(f"--adapter {self.adapter}")
         going = True
         while going:
             try:
@@ -124,29 +124,55 @@ class Chat:
                 self._note("\n/quit or Ctrl-D leaves")
         return int(self.failed and not self.interactive)
 
-    def _check_adapter(self) -> None:
+    def _check_adapter(self, asked: str) -> None:
         """Ask the adapter for one token, so that a wrong one is told before anybody has written to it. It is loaded
         then, too. Needs no more rights than the chat itself, as commands for administrators would.
 
         Raises:
-            ValueError: the adapter cannot be used.
+            ValueError: the adapter cannot be used; `asked`, the user's words for it, come first.
+            KeyboardInterrupt: Ctrl-C was pressed meanwhile.
         """
-        from lorax_triton import AdapterError, OverloadedError, ValidationError
+        from lorax_triton import AdapterError, LoraxError, OverloadedError, ValidationError
 
         if self.adapter is None:
             return
-        with contextlib.suppress(OverloadedError):  # nothing is wrong with the adapter
+        request: dict[str, Any] = {name: self.options.get(name) for name in ("adapter_source", "api_token")}
+        request |= {"prompt": _CHECK_PROMPT, "max_new_tokens": 1, "details": False, **self._adapter()}
+        with CtrlC() as ctrl_c:
             try:
-                self.client.generate(
-                    _CHECK_PROMPT,
-                    adapter_source=self.options.get("adapter_source"),
-                    api_token=self.options.get("api_token"),
-                    max_new_tokens=1,
-                    details=False,
-                    **self._adapter(),
-                )
-            except (AdapterError, ValidationError) as error:
-                raise ValueError(f"--adapter {self.adapter}: {error}") from None
+                with self.client.generate_stream(**request) as stream:
+                    ctrl_c.calls(stream.cancel)
+                    stream.response()
+            except OverloadedError:
+                pass  # nothing is wrong with the adapter
+            except LoraxError as error:
+                if not ctrl_c.pressed:
+                    if isinstance(error, AdapterError | ValidationError):
+                        raise ValueError(f"{asked}: {error}") from None
+                    raise
+        if ctrl_c.pressed:
+            raise KeyboardInterrupt
+
+    def _switch(self, name: str) -> None:
+        """Talk to another adapter, "-" for the base model, or stay with this one if that cannot be used.
+
+        Raises:
+            ValueError, LoraxError: it cannot, and a program asked, whose next messages this one must not answer.
+        """
+        from lorax_triton import LoraxError
+
+        former = self.adapter, self.revision
+        self.adapter, self.revision = (None if name == "-" else name), None
+        still = ""
+        try:
+            self._check_adapter(f"/adapter {name}")
+        except (ValueError, LoraxError, KeyboardInterrupt) as error:
+            if not self.interactive:
+                raise
+            self.adapter, self.revision = former
+            still = "still "
+            self._note("" if isinstance(error, KeyboardInterrupt) else f"error: {error}")
+        self._note(f"{still}talking to {self.adapter or 'the base model'}")
 
     def _turn(self) -> bool:
         """Read one message and do what it says; False ends the chat."""
@@ -187,8 +213,9 @@ class Chat:
             return False
         if word == "/adapter":
             if rest:
-                self.adapter, self.revision = (None if rest == "-" else rest), None
-            self._note(f"talking to {self.adapter or 'the base model'}")
+                self._switch(rest)
+            else:
+                self._note(f"talking to {self.adapter or 'the base model'}")
         elif word == "/adapters":
             self._list_adapters()
         elif word == "/system":

@@ -20,7 +20,7 @@ INFO = {"model_id": "tiny", "has_chat_template": True}
 
 class Model:
     """Answers with the adapter and the number of messages; says no more after 'slowly'; refuses 'fail', and the
-    adapters 'wrong' and 'busy'."""
+    adapters 'wrong' and 'busy'; never comes to an end with the adapter 'slow'."""
 
     def __init__(self, info: dict[str, Any]) -> None:
         self.info = info
@@ -40,6 +40,8 @@ class Model:
             yield error_response(error_json("hub:wrong does not exist", "adapter_not_found", 404))
         elif adapter == "busy" and self.is_check(call):
             yield error_response(error_json("too many requests", "overloaded", 429))
+        elif adapter == "slow":
+            call.over.wait(WAIT_S)
         elif text == "fail":
             yield error_response(error_json("the adapter is broken", "adapter_error", 424))
         elif text == "slowly":
@@ -218,6 +220,35 @@ def test_an_adapter_that_cannot_be_used_ends_the_chat_before_it_begins(
     (check,) = model.checks
     asked = [check.inputs[name] for name in ("adapter_id", "adapter_source", "api_token")]
     assert asked == [["wrong@v2"], ["hub"], ["t"]]
+
+
+def test_a_chat_stays_with_its_adapter_if_another_cannot_be_used(start: Callable[..., Model]) -> None:
+    model = start()
+    with Terminal(["chat", "--url", model.fake.url, "--adapter", "pirate", "--revision", "v2"]) as terminal:
+        terminal.expect("pirate> ")
+        terminal.type("/adapter wrong\n")
+        terminal.expect("error: /adapter wrong: hub:wrong does not exist\nstill talking to pirate\n")
+        terminal.expect("pirate> ")
+        terminal.type("/adapter slow\n")
+        assert model.fake.wait_for_call(3).inputs["adapter_id"] == ["slow"]
+        terminal.type("\x03")
+        terminal.expect("still talking to pirate")
+        assert model.fake.calls[3].over.wait(WAIT_S)
+        terminal.expect("pirate> ")
+        terminal.type("hello\n")
+        terminal.expect("pirate@v2 saw 1")
+        terminal.type("/adapter busy\n")
+        terminal.expect("talking to busy")
+        terminal.type("/quit\n")
+        assert terminal.wait() == 0
+
+
+def test_a_pipe_ends_at_an_adapter_that_cannot_be_used(start: Callable[..., Model]) -> None:
+    model = start()
+    done = pipe(model, "hello\n/adapter wrong\nagain\n")
+    assert (done.returncode, done.stdout) == (1, "base saw 1\n")
+    assert done.stderr.endswith("lorax-triton: /adapter wrong: hub:wrong does not exist\n")
+    assert len(model.chats) == 1, "no other adapter answers for it"
 
 
 def test_a_server_too_busy_to_try_the_adapter_is_no_reason_not_to_chat(start: Callable[..., Model]) -> None:
