@@ -10,6 +10,7 @@ Standard library only, and importable by a spawned process.
 
 from __future__ import annotations
 
+import sys
 import time
 import zlib
 from array import array
@@ -460,8 +461,9 @@ class _FaultyProvider(FakeProvider):
 
 @dataclass(frozen=True)
 class FakeEngineBuilder:
-    """Builds an engine of fakes, also in a spawned process. `fault` makes the builder raise or exit, or the adapters'
-    poll raise once a request has come ("poll"), or the device be lost with the first step that fails ("device")."""
+    """Builds an engine of fakes, also in a spawned process. `fault` makes the builder raise or exit, or tell by an error
+    how long its threads' turns are, or the adapters' poll raise once a request has come ("poll"), or the device be lost
+    with the first step that fails ("device")."""
 
     fault: str = ""
     step_seconds: float = 0.0
@@ -475,6 +477,8 @@ class FakeEngineBuilder:
             progress(line)
         if self.fault == "raise":
             raise ValueError("model_id: no such model")
+        if self.fault == "tell":
+            raise ValueError(f"threads take turns of {sys.getswitchinterval():g} s")
         if self.fault == "exit":
             raise SystemExit("gone while loading")
         settings = make_settings(

@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+# Python's own 5 ms are longer than many a step. The engine's thread gives the interpreter's lock away with every call
+# that waits or computes, and would wait for so long each time that a busy thread, which reads an adapter, has taken it.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 class PipeSink:
@@ -81,6 +84,7 @@ def main(requests_fd: int, outputs_fd: int, parent_pid: int) -> None:
     _die_with(parent_pid)
     for descriptor in (requests_fd, outputs_fd):  # or a child of this process would hold the pipes open
         os.set_inheritable(descriptor, False)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     sink = PipeSink(MessageWriter(outputs_fd))
     code = 1
     try:

@@ -283,6 +283,11 @@ def test_a_process_that_does_not_stop_is_killed() -> None:
     assert owner.deaths == []
 
 
+def test_no_thread_of_the_engine_process_has_a_turn_as_long_as_a_step() -> None:
+    with pytest.raises(RuntimeError, match=r"turns of 0\.0005 s"):
+        ProcessEngine(FakeEngineBuilder(fault="tell")).start(RecordingOwner())
+
+
 def test_a_builder_that_cannot_be_pickled_is_a_readable_error() -> None:
     with pytest.raises(RuntimeError, match=r"the engine process cannot be started: .*pickle"):
         ProcessEngine(lambda progress: FakeEngineBuilder()(progress)).start(RecordingOwner())
