@@ -28,13 +28,25 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
-def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`silu_mul` of `linear`: x [T, in] times `weight` [2 * width, in], gate in the upper half -> [T, width]. Many rows
-    on a device may be computed by one kernel (`prefill_gemm`)."""
+def begin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` for a caller that gives the result to `rms_norm` as the residual, and to nothing else: on a device it
+    may be planes, as said there."""
     if _uses_triton(x):
-        from lorax_kernels import prefill_gemm
+        from lorax_kernels import skinny_gemm
+
+        return skinny_gemm.begin_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_silu_mul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu_mul` of `linear`: x [T, in] times `weight` [2 * width, in], gate in the upper half -> [T, width]. Few or
+    many rows on a device may be computed by one kernel (`skinny_gemm`, `prefill_gemm`)."""
+    if _uses_triton(x):
+        from lorax_kernels import prefill_gemm, skinny_gemm
 
         whole = prefill_gemm.linear_silu(x, weight) if bias is None else None
+        if whole is None:
+            whole = skinny_gemm.linear_silu(x, weight, bias)
         if whole is not None:
             return whole
     return silu_mul(linear(x, weight, bias))
@@ -102,7 +114,7 @@ def begin_lora_linear(
     out_slices: tuple[int, ...],
 ) -> tuple[torch.Tensor, Delta | None]:
     """`lora_linear` for a caller that gives the result to `silu_mul`, if it has two slices, or to `rms_norm`, and to
-    nothing else: these may add the deltas on the way.
+    nothing else: these may add the deltas on the way. For `rms_norm` it may be planes, as in `begin_linear`.
 
     Returns:
         [T, out], and the deltas that it lacks, to be given along with it; None if it lacks none.
@@ -112,6 +124,21 @@ def begin_lora_linear(
 
         return expand_nodes.begin_linear(x, layer, weights, batch, out_slices)
     return lora_linear(x, layer, weights, batch, out_slices), None
+
+
+def lora_linear_silu_mul(
+    x: torch.Tensor,
+    layer: tuple[torch.Tensor, torch.Tensor | None],
+    weights: tuple[torch.Tensor, torch.Tensor],
+    batch: LoraBatch,
+    out_slices: tuple[int, ...],
+) -> torch.Tensor:
+    """`silu_mul` of `lora_linear`, in as few launches as there may be: x [T, in] -> [T, out / 2]."""
+    if _uses_triton(x):
+        from lorax_kernels import expand_nodes
+
+        return expand_nodes.linear_silu(x, layer, weights, batch, out_slices)
+    return silu_mul(lora_linear(x, layer, weights, batch, out_slices))
 
 
 def write_kv(
@@ -153,7 +180,8 @@ def rms_norm(
     delta: Delta | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMS norm of x [T, width], or of x + residual; see `fused_reference.rms_norm`. `delta` is what
-    `begin_lora_linear` gave along with the residual."""
+    `begin_lora_linear` gave along with the residual. On a device the residual may be planes [P, T, width] in float32,
+    whose sum, rounded to x's type, is meant."""
     if _uses_triton(x):
         from lorax_kernels import expand_nodes, fused_triton
 

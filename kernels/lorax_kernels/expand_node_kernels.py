@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorax_kernels.fused_triton import silu_mul_block, store_normed
+from lorax_kernels.fused_triton import silu_mul_block, store_normed, sum_of_planes
 from lorax_kernels.lora_kernels import _record, _split_shift
 
 _LISTED = ("tokens_at", "pages_at", "plane_rows", "max_pages")
@@ -48,9 +48,10 @@ def _sum_of_splits(h_where, seen, splits, stride_plane, MAX_SPLITS: tl.constexpr
 def norm_expand_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, h_ptr, b_ptr, work_ptr, stride_x, stride_residual, eps,
     stride_page, stride_b, tokens_at, pages_at, plane_rows, max_pages,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, MAX_SHIFT: tl.constexpr, TARGET_LOG2: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, MAX_SHIFT: tl.constexpr, TARGET_LOG2: tl.constexpr,
+    PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """RMS norm of (x + h B) + residual, a program a row."""
+    """RMS norm of (x + h B) + residual, a program a row. With `PLANES` x is their sum."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
@@ -66,8 +67,11 @@ def norm_expand_kernel(
     weight = tl.load(weight_ptr + column, mask=seen, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
     residual = tl.load(residual_ptr + row * stride_residual + column, mask=seen, other=0.0)
+    if PLANES > 0:
+        x = sum_of_planes(x_ptr, row, column, seen, WIDTH, PLANES).to(residual.dtype)
+    else:
+        x = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
     h_row = h_ptr + position * max_pages * 8
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for j in range(num_pages):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lorax_kernels.expand_node_kernels import norm_expand_kernel, silu_expand_kernel
+from lorax_kernels.fused_triton import num_planes, silu_mul
 from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, linear_of_row, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import cdiv, next_power_of_2
@@ -41,6 +42,8 @@ def begin_linear(
 ) -> tuple[torch.Tensor, Delta | None]:
     """`lorax_kernels.begin_lora_linear` on a device: with two slices for `silu_mul`, else for `rms_norm`.
 
+    What goes to `rms_norm` may be planes, see there.
+
     The work lists of prefill are cut for other kernels, and beyond `DECODE_MAX_TOKENS` rows reading B for every row
     costs more than a launch.
     """
@@ -49,27 +52,48 @@ def begin_linear(
     whole = linear_of_row(x, layer, weights, work, out_slices, config)
     if whole is not None:
         return whole, None
-    out, h = linear_and_shrink(x, layer, weights[0], work, config)
-    delta = Delta(h, weights[1], work, out_slices)
     fuses = config.fuse_silu if len(out_slices) == 2 else config.fuse_norm
-    if fuses and work.shape.decode and work.num_tokens <= DECODE_MAX_TOKENS:
+    fuses = fuses and work.shape.decode and work.num_tokens <= DECODE_MAX_TOKENS
+    before_norm = fuses and len(out_slices) == 1
+    out, h = linear_and_shrink(x, layer, weights[0], work, config, planes=before_norm)
+    delta = Delta(h, weights[1], work, out_slices)
+    if fuses:
         return out, delta
     delta.add_to(out)
     return out, None
 
 
+def linear_silu(
+    x: torch.Tensor,
+    layer: tuple[torch.Tensor, torch.Tensor | None],
+    weights: tuple[torch.Tensor, torch.Tensor],
+    batch: LoraBatch,
+    out_slices: tuple[int, ...],
+    config: LoraConfig | None = None,
+) -> torch.Tensor:
+    """`lorax_kernels.lora_linear_silu_mul` on a device."""
+    work = work_of(batch)
+    config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
+    whole = linear_of_row(x, layer, weights, work, out_slices, config, silu=True)
+    if whole is not None:
+        return whole
+    out, delta = begin_linear(x, layer, weights, batch, out_slices, config)
+    return silu_mul(out) if delta is None else silu_mul_expand(out, delta)
+
+
 def rms_norm_expand(
     x: torch.Tensor, norm: tuple[torch.Tensor, float], residual: torch.Tensor, delta: Delta
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lorax_kernels.rms_norm` of x [T, width] + delta and the residual [T, width], with `norm` = (weight, eps)."""
-    rows, width = x.shape
-    y, total = (torch.empty(rows, width, dtype=x.dtype, device=x.device) for _ in range(2))
+    """`lorax_kernels.rms_norm` of x [T, width] + delta and the residual [T, width], with `norm` = (weight, eps). x may
+    be planes, as in `rms_norm`."""
+    rows, width = residual.shape
+    y, total = (torch.empty(rows, width, dtype=residual.dtype, device=x.device) for _ in range(2))
     block, at = next_power_of_2(width), delta.work.capacity
     pdl = delta.h.config.fuse_pdl
     norm_expand_kernel[(rows,)](
         x, residual, norm[0], y, total, delta.h.planes, delta.b, delta.work.data, x.stride(0), residual.stride(0),
         norm[1], delta.b.stride(0), delta.b.stride(1), at.tokens_at, at.pages_at, delta.h.planes.shape[1],
-        delta.work.max_pages, WIDTH=width, BLOCK=block, **_splits(delta), PDL=pdl,
+        delta.work.max_pages, WIDTH=width, BLOCK=block, **_splits(delta), PLANES=num_planes(x), PDL=pdl,
         num_warps=max(1, min(16, block // 256)), num_stages=1, **launch_options(pdl),
     )  # fmt: skip
     return y, total

@@ -25,9 +25,19 @@ def store_normed(x, weight, y_ptr, row, column, seen, eps, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def sum_of_planes(planes_ptr, row, column, seen, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """One row of planes [PLANES, rows, WIDTH], summed in their order, in float32; a program must have a row."""
+    rows = tl.num_programs(0).to(tl.int64)
+    total = tl.zeros(column.shape, dtype=tl.float32)
+    for plane in tl.static_range(PLANES):
+        total += tl.load(planes_ptr + (plane * rows + row) * WIDTH + column, mask=seen, other=0.0)
+    return total
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, stride_x, stride_residual, eps, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -39,7 +49,10 @@ def _rms_norm_kernel(
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * stride_residual + column, mask=seen, other=0.0)
+        if PLANES > 0:
+            residual = sum_of_planes(residual_ptr, row, column, seen, WIDTH, PLANES).to(x.dtype)
+        else:
+            residual = tl.load(residual_ptr + row * stride_residual + column, mask=seen, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(sum_ptr + row * WIDTH + column, x, mask=seen)
     store_normed(x, weight, y_ptr, row, column, seen, eps, WIDTH)
@@ -157,13 +170,31 @@ def rms_norm(
     y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else x
     block, warps = norm_shape(width)
+    planes = num_planes(residual)
+    if planes:
+        warps = min(16, 2 * warps)
     pdl = node_config(x.device.index).pdl
     _rms_norm_kernel[(rows,)](
         x, residual if residual is not None else x, weight, y, total, x.stride(0),
         residual.stride(0) if residual is not None else 0, eps, WIDTH=width, BLOCK=block,
-        HAS_RESIDUAL=residual is not None, PDL=pdl, num_warps=warps, **launch_options(pdl),
+        HAS_RESIDUAL=residual is not None, PLANES=planes, PDL=pdl, num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
     return y, total
+
+
+def num_planes(residual: torch.Tensor | None) -> int:
+    """How many planes are to be summed, 0 if it is no stack of planes.
+
+    Raises:
+        ValueError: the planes are not contiguous in float32.
+    """
+    if residual is None or residual.dim() == 2:
+        return 0
+    if not residual.is_contiguous() or residual.dtype != torch.float32:
+        raise ValueError(
+            f"rms_norm: planes {tuple(residual.shape)} {residual.dtype} are not float32, contiguous"
+        )
+    return residual.shape[0]
 
 
 def norm_shape(width: int) -> tuple[int, int]:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lorax_kernels import skinny_gemm
 from lorax_kernels.expand_kernels import bgmv_expand_kernel, sgmv_expand_kernel
 from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import next_power_of_2
-from lorax_kernels.skinny_gemm import RowDelta, row_config, skinny_linear
-from lorax_kernels.skinny_gemm import linear as base_linear
+from lorax_kernels.skinny_gemm import RowDelta, does_silu, row_config, skinny_linear
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
 
@@ -188,16 +188,18 @@ def linear_of_row(
     work: LoraWork,
     out_slices: tuple[int, ...],
     config: LoraConfig,
+    silu: bool = False,
 ) -> torch.Tensor | None:
-    """The base layer's output for a single row with its delta, in two launches: shrink, and a product that adds h B.
-    None where the configuration, the number of rows or the tables want another way."""
+    """The base layer's output for a single row with its delta, in two launches: shrink, and a product that adds h B,
+    and with `silu` does `silu_mul`. None where the configuration, the number of rows or the tables want another way."""
     if not config.one_row_in_product or not work.shape.decode or work.num_tokens != 1:
         return None
     product = row_config(x, layer[0])
-    if product is None:
+    if product is None or (silu and not does_silu(x, layer[0], product)):
         return None
     h = shrink(x, weights[0], work, _launched_early(config) if product.pdl else config)
-    return skinny_linear(x, *layer, product, RowDelta(h.planes, h.splits, weights[1], work, out_slices))
+    delta = RowDelta(h.planes, h.splits, weights[1], work, out_slices)
+    return skinny_linear(x, *layer, product, delta, silu)
 
 
 @functools.cache
@@ -211,19 +213,22 @@ def linear_and_shrink(
     a: torch.Tensor,
     work: LoraWork,
     config: LoraConfig,
+    planes: bool = False,
 ) -> tuple[torch.Tensor, Shrunk]:
     """The base layer's output [T, out] without the deltas, and what expand needs to add them. Where the configuration
-    says so, shrink runs beside the product on a stream of its own: both wait for x only."""
+    says so, shrink runs beside the product on a stream of its own: both wait for x only. With `planes` the output may
+    be some, as `skinny_gemm.begin_linear` gives them."""
+    base_linear = skinny_gemm.begin_linear if planes else skinny_gemm.linear
     if config.overlap == "none" or not (work.fixed or work.num_tokens >= _OVERLAP_MIN_TOKENS):
         return base_linear(x, *layer), shrink(x, a, work, config)
-    planes = allocate_planes(a, work, config)
+    h_planes = allocate_planes(a, work, config)
     here, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
     side.wait_stream(here)
     # The order of the launches decides which of the two gets the multiprocessors first.
     if config.overlap == "product_first":
         out = base_linear(x, *layer)
     with torch.cuda.stream(side):
-        h = shrink(x, a, work, config, planes)
+        h = shrink(x, a, work, config, h_planes)
     if config.overlap == "shrink_first":
         out = base_linear(x, *layer)
     here.wait_stream(side)

@@ -8,7 +8,7 @@ float32, rounded once, and without atomics: the same call gives the same bits.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,12 +80,41 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
+def linear_silu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """`lorax_kernels.linear_silu_mul` of few rows by one kernel; None where the table wants another way."""
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not _fits(x, weight):
+        return None
+    config = _table_entry(x, weight)
+    return skinny_linear(x, weight, bias, config, silu=True) if does_silu(x, weight, config) else None
+
+
+def does_silu(x: torch.Tensor, weight: torch.Tensor, config: GemmConfig) -> bool:
+    """Whether a product of few rows as `config` says may do SiLU and multiplication as well."""
+    if config.kernel != "triton" or not config.fuse_silu:
+        return False
+    return x.shape[0] == 1 or share(x.shape[1], weight.shape[0], config, _num_sms(x.device.index))[1] == 1
+
+
+def begin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`lorax_kernels.begin_linear` on a device."""
+    if bias is None and x.dim() == 2 and 2 <= x.shape[0] <= MAX_ROWS and _fits(x, weight):
+        config = _table_entry(x, weight)
+        if config.kernel == "triton" and config.fuse_sum:
+            planes = _product(x, weight, None, config.for_itemsize(x.element_size()), least_splits=2)
+            if planes is not None:
+                return planes
+    return linear(x, weight, bias)
+
+
 def skinny_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     config: GemmConfig | None = None,
     delta: RowDelta | None = None,
+    silu: bool = False,
 ) -> torch.Tensor:
     """x @ weight.T + bias for few rows, whatever `config.kernel` says.
 
@@ -95,49 +124,93 @@ def skinny_linear(
         bias: [out] or None.
         config: the table's entry if None.
         delta: added to the rounded product, and the sum rounded again, as `lora_triton.expand` would; for one row.
+        silu: do `silu_mul` as well, of gate and up one after the other in `weight`; K is not split then.
 
     Returns:
-        [T, out], of x's type.
+        [T, out], or [T, out / 2] after `silu_mul`, of x's type.
 
     Raises:
         ValueError: the tensors are not as above.
     """
-    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not _fits(x, weight):
+    columns = weight.shape[0]
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not _fits(x, weight) or (silu and columns % 2):
         raise ValueError(
             f"skinny_linear: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype}"
         )
-    (tokens, width), columns = x.shape, weight.shape[0]
     if delta is not None and (
-        tokens != 1 or sum(delta.out_slices) != columns or len(delta.out_slices) > 3 or delta.b.stride(2) != 1
+        x.shape[0] != 1
+        or sum(delta.out_slices) != columns
+        or len(delta.out_slices) > 3
+        or delta.b.stride(2) != 1
     ):
-        raise ValueError(f"skinny_linear: a delta of slices {delta.out_slices} for {tokens} x {columns}")
+        raise ValueError(f"skinny_linear: a delta of slices {delta.out_slices} for {x.shape[0]} x {columns}")
     config = (config or _table_entry(x, weight)).for_itemsize(x.element_size())
-    out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
-    options = launch_options(config.pdl)
-    common = {"OUT": columns, "K": width, "HAS_BIAS": bias is not None, "PDL": config.pdl}
-    given_bias = bias if bias is not None else x
-    if tokens == 1:
-        skinny_row_kernel[(cdiv(columns, config.block_n),)](
-            x, weight, given_bias, out, *(delta.arguments if delta else (x, x, x, 0, 0, 0, 0, 0, 0)),
-            BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=min(2, config.stages), num_warps=config.warps,
-            num_stages=1, **(delta.constants if delta else _NO_DELTA), **common, **options,
-        )  # fmt: skip
-        return out
-    block_n, splits = share(width, columns, config, _num_sms(x.device.index))
-    planes = out
-    if splits > 1:
-        planes = torch.empty(splits, tokens, columns, dtype=torch.float32, device=x.device)
-    skinny_rows_kernel[(cdiv(columns, block_n) * splits,)](
-        x, weight, given_bias, planes, tokens, x.stride(0), BLOCK_M=16 if tokens <= 16 else 32, BLOCK_N=block_n,
-        BLOCK_K=config.block_k, SPLITS=splits, STAGES=config.stages, AHEAD=config.ahead,
-        PIECES=max(1, min(config.warps * 32 // block_n, config.block_k // 8)), num_warps=config.warps, num_stages=1,
-        **(common if splits == 1 else common | {"HAS_BIAS": False}), **options,
+    if x.shape[0] == 1:
+        return _row_product(x, weight, bias, config, delta, silu)
+    if silu:
+        config = replace(config, split_k=1)
+    out = _product(x, weight, bias, config, silu=silu)
+    assert out is not None
+    return out if out.dim() == 2 else _sum_planes(out, bias, x.dtype, config)
+
+
+def _row_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: GemmConfig,
+    delta: RowDelta | None,
+    silu: bool,
+) -> torch.Tensor:
+    columns, width = weight.shape
+    out = torch.empty(1, columns // 2 if silu else columns, dtype=x.dtype, device=x.device)
+    skinny_row_kernel[(cdiv(columns, config.block_n),)](
+        x, weight, bias if bias is not None else x, out, *(delta.arguments if delta else (x, x, x, 0, 0, 0, 0, 0, 0)),
+        OUT=columns, K=width, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=min(2, config.stages),
+        HAS_BIAS=bias is not None, PDL=config.pdl, SILU=silu, num_warps=config.warps, num_stages=1,
+        **(delta.constants if delta else _NO_DELTA), **launch_options(config.pdl),
     )  # fmt: skip
+    return out
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: GemmConfig,
+    silu: bool = False,
+    least_splits: int = 1,
+) -> torch.Tensor | None:
+    """The product of 2 rows and more: [T, out], or with splits planes [P, T, out] in float32 that lack the bias. None
+    if there would be fewer splits than wanted."""
+    (tokens, width), columns = x.shape, weight.shape[0]
+    block_n, splits = share(width, columns, config, _num_sms(x.device.index))
+    if splits < least_splits:
+        return None
     if splits > 1:
-        sum_planes_kernel[(tokens, cdiv(columns, _SUM_BLOCK))](
-            planes, given_bias, out, tokens, OUT=columns, SPLITS=splits, BLOCK=_SUM_BLOCK,
-            HAS_BIAS=bias is not None, PDL=config.pdl, num_warps=2, num_stages=1, **options,
-        )  # fmt: skip
+        out = torch.empty(splits, tokens, columns, dtype=torch.float32, device=x.device)
+    else:
+        out = torch.empty(tokens, columns // 2 if silu else columns, dtype=x.dtype, device=x.device)
+    has_bias = bias is not None and splits == 1
+    skinny_rows_kernel[(cdiv(columns, block_n) * splits,)](
+        x, weight, bias if has_bias else x, out, tokens, x.stride(0), OUT=columns, K=width,
+        BLOCK_M=16 if tokens <= 16 else 32, BLOCK_N=block_n, BLOCK_K=config.block_k, SPLITS=splits,
+        STAGES=config.stages, AHEAD=config.ahead, HAS_BIAS=has_bias, PDL=config.pdl, SILU=silu,
+        PIECES=max(1, min(config.warps * 32 // block_n, config.block_k // 8)), num_warps=config.warps, num_stages=1,
+        **launch_options(config.pdl),
+    )  # fmt: skip
+    return out
+
+
+def _sum_planes(
+    planes: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, config: GemmConfig
+) -> torch.Tensor:
+    splits, tokens, columns = planes.shape
+    out = torch.empty(tokens, columns, dtype=dtype, device=planes.device)
+    sum_planes_kernel[(tokens, cdiv(columns, _SUM_BLOCK))](
+        planes, bias if bias is not None else planes, out, tokens, OUT=columns, SPLITS=splits, BLOCK=_SUM_BLOCK,
+        HAS_BIAS=bias is not None, PDL=config.pdl, num_warps=2, num_stages=1, **launch_options(config.pdl),
+    )  # fmt: skip
     return out
 
 

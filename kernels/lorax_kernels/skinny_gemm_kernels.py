@@ -15,13 +15,27 @@ import triton
 import triton.language as tl
 
 from lorax_kernels.expand_node_kernels import _LISTED, _token_record
+from lorax_kernels.fused_triton import silu_mul_block
 from lorax_kernels.lora_kernels import _split_shift
 
 
 @triton.jit
+def _columns(tile, lane, OUT: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.constexpr):
+    """The columns of a program's lanes, and which exist: a half of gate and the same of up if it is for SiLU."""
+    if SILU:
+        half = tile * (BLOCK_N // 2) + lane % (BLOCK_N // 2)
+        n = half + lane // (BLOCK_N // 2) * (OUT // 2)
+        seen = half < OUT // 2
+    else:
+        n = tile * BLOCK_N + lane
+        seen = n < OUT
+    return n, seen
+
+
+@triton.jit
 def _ask_l2(
-    ptr, n, k_begin, OUT: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
-    PIECES: tl.constexpr,
+    ptr, tile, k_begin, OUT: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Have L2 read `COLUMNS` columns of BLOCK_N rows, in `PIECES` requests a row. Nothing is asked for at the edge of
     the weight: a request must stay inside."""
@@ -29,7 +43,8 @@ def _ask_l2(
     SIZE: tl.constexpr = EACH * (ptr.dtype.element_ty.primitive_bitwidth // 8)
     if k_begin + COLUMNS <= K:
         piece = tl.arange(0, BLOCK_N * PIECES)
-        row = tl.minimum(n + piece // PIECES, OUT - 1).to(tl.int64)
+        n, _ = _columns(tile, piece // PIECES, OUT, BLOCK_N, SILU)
+        row = tl.minimum(n, OUT - 1).to(tl.int64)
         where = ptr + row * K + k_begin + piece % PIECES * EACH
         tl.inline_asm_elementwise(
             "{ .reg .u64 g; cvta.to.global.u64 g, $1; cp.async.bulk.prefetch.L2.global [g], $2; mov.u32 $0, 0; }",
@@ -79,16 +94,17 @@ def skinny_row_kernel(
     max_pages,
     OUT: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr, PDL: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, S: tl.constexpr,
-    MAX_SHIFT: tl.constexpr, TARGET_LOG2: tl.constexpr,
+    MAX_SHIFT: tl.constexpr, TARGET_LOG2: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """One row times the weight: a program has BLOCK_N columns of the result, and `STAGES` (1 or 2) tiles of the
     weight in registers on their way while it uses another. With S slices, of which the first are W0 and W1 wide, the
-    row's delta is added; with none, what is about h and B is ignored."""
+    row's delta is added; with none, what is about h and B is ignored. With `SILU` the result is that of SiLU and
+    multiplication, [OUT / 2]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     EVEN: tl.constexpr = K % BLOCK_K == 0
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, n_seen = _columns(tl.program_id(0), tl.arange(0, BLOCK_N), OUT, BLOCK_N, SILU)
     # Rows after the last are read as the last again: cheaper than a mask.
     w_rows = w_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * K
     near = _weight_tile(w_rows, 0, 0, K, STEPS, BLOCK_K, EVEN)
@@ -103,7 +119,7 @@ def skinny_row_kernel(
         stride_plane = plane_rows * S * max_pages * 8
         which = (n >= W0).to(tl.int32) + (n >= W0 + W1).to(tl.int32)
         h_where = h_ptr + which * max_pages * 8  # an only row with an adapter is h's first
-        b = _two_pages(b_ptr, page_list, 0, num_pages, n, n < OUT, stride_page, stride_b)
+        b = _two_pages(b_ptr, page_list, 0, num_pages, n, n_seen, stride_page, stride_b)
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_K // 8), dtype=tl.float32)
@@ -123,16 +139,21 @@ def skinny_row_kernel(
             near = after
     total = tl.sum(acc, axis=1)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)
+        total += tl.load(bias_ptr + n, mask=n_seen, other=0.0).to(tl.float32)
     made = total.to(out_ptr.dtype.element_ty)
     if S > 0:
         # Not before: h on its way would take registers from tiles of the weight.
-        delta = _delta_of_pages(h_where, b, 0, num_pages, n < OUT, splits, stride_plane, 1 << MAX_SHIFT)
+        delta = _delta_of_pages(h_where, b, 0, num_pages, n_seen, splits, stride_plane, 1 << MAX_SHIFT)
         for j in range(2, num_pages, 2):
-            b = _two_pages(b_ptr, page_list, j, num_pages, n, n < OUT, stride_page, stride_b)
-            delta += _delta_of_pages(h_where, b, j, num_pages, n < OUT, splits, stride_plane, 1 << MAX_SHIFT)
+            b = _two_pages(b_ptr, page_list, j, num_pages, n, n_seen, stride_page, stride_b)
+            delta += _delta_of_pages(h_where, b, j, num_pages, n_seen, splits, stride_plane, 1 << MAX_SHIFT)
         made = (made.to(tl.float32) + delta).to(made.dtype)
-    tl.store(out_ptr + n, made, mask=n < OUT)
+    if SILU:
+        gate, up = tl.split(tl.trans(tl.reshape(made, (2, BLOCK_N // 2))))
+        half = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        tl.store(out_ptr + half, silu_mul_block(gate, up), mask=half < OUT // 2)
+    else:
+        tl.store(out_ptr + n, made, mask=n_seen)
 
 
 @triton.jit(do_not_specialize=("tokens",))
@@ -140,10 +161,11 @@ def skinny_rows_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, tokens, stride_x,
     OUT: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Up to BLOCK_M rows times the weight: a program has BLOCK_N columns of the result and one of `SPLITS` parts of K.
-    `AHEAD` blocks of K are asked of L2 before the wait. With splits `out_ptr` are planes [SPLITS, tokens, OUT]."""
+    `AHEAD` blocks of K are asked of L2 before the wait. With splits `out_ptr` are planes [SPLITS, tokens, OUT]; with
+    `SILU`, and no splits, it is the result of SiLU and multiplication, [tokens, OUT / 2]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     STEPS: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
@@ -151,11 +173,11 @@ def skinny_rows_kernel(
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     k_begin = split * STEPS * BLOCK_K
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, n_seen = _columns(tile, tl.arange(0, BLOCK_N), OUT, BLOCK_N, SILU)
     if PDL:
         if AHEAD > 0:
             COLUMNS: tl.constexpr = (AHEAD if AHEAD < STEPS else STEPS) * BLOCK_K
-            _ask_l2(w_ptr, tile * BLOCK_N, k_begin, OUT, K, BLOCK_N, COLUMNS, PIECES)
+            _ask_l2(w_ptr, tile, k_begin, OUT, K, BLOCK_N, COLUMNS, PIECES, SILU)
         tl.extra.cuda.gdc_wait()
     m = tl.arange(0, BLOCK_M)
     x_rows = x_ptr + m.to(tl.int64) * stride_x
@@ -174,9 +196,16 @@ def skinny_rows_kernel(
             w = tl.load(w_where, mask=(k < K)[:, None], other=0.0, eviction_policy="evict_first")
         acc = tl.dot(x, w, acc, input_precision="ieee")
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
-    where = out_ptr + (split * tokens + m).to(tl.int64)[:, None] * OUT + n[None, :]
-    tl.store(where, acc.to(out_ptr.dtype.element_ty), mask=(m < tokens)[:, None] & (n < OUT)[None, :])
+        acc += tl.load(bias_ptr + n, mask=n_seen, other=0.0).to(tl.float32)[None, :]
+    made = acc.to(out_ptr.dtype.element_ty)
+    if SILU:
+        gate, up = tl.split(tl.permute(tl.reshape(made, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        half = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        where = out_ptr + m.to(tl.int64)[:, None] * (OUT // 2) + half[None, :]
+        tl.store(where, silu_mul_block(gate, up), mask=(m < tokens)[:, None] & (half < OUT // 2)[None, :])
+    else:
+        where = out_ptr + (split * tokens + m).to(tl.int64)[:, None] * OUT + n[None, :]
+        tl.store(where, made, mask=(m < tokens)[:, None] & n_seen[None, :])
 
 
 @triton.jit(do_not_specialize=("tokens",))

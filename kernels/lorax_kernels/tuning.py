@@ -125,6 +125,9 @@ class GemmConfig:
     ahead. K is split into at most `split_k` parts where columns alone are too few programs. With `pdl` a launch begins
     before the one before it is over, and asks L2 for its first `ahead` tiles; one row has `stages` of them, at most 2,
     in registers instead.
+
+    With `fuse_silu` the product of gate and up also does SiLU and multiplication, where K is not split; with
+    `fuse_sum` the norm after a product sums its splits.
     """
 
     kernel: str = "blas"
@@ -135,6 +138,8 @@ class GemmConfig:
     split_k: int = 1
     ahead: int = 4
     pdl: bool = False
+    fuse_silu: bool = True
+    fuse_sum: bool = True
 
     def for_itemsize(self, itemsize: int) -> GemmConfig:
         """The tables are for two-byte elements; wider ones get smaller tiles, which need no more memory."""

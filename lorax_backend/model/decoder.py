@@ -25,6 +25,7 @@ from lorax_kernels import (
     add_lora,
     begin_lora_linear,
     lora_linear,
+    lora_linear_silu_mul,
     rms_norm,
     rope_and_cache,
     silu_mul,
@@ -66,17 +67,20 @@ class LoraSiteView:
     def begin(
         self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None
     ) -> tuple[torch.Tensor, Delta | None]:
-        """`project`, which may leave the deltas to the kernel that reads the result."""
-        if batch is None or linear.weight is None:
+        """`project` for the next norm, which may have to add the deltas, and sum planes."""
+        if batch is None:
+            return linear.begin(x), None
+        if linear.weight is None:
             return self.project(linear, x, batch), None
         return begin_lora_linear(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices)
 
     def silu_mul(self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None) -> torch.Tensor:
-        """`lorax_kernels.silu_mul` of `project`: x [T, in] -> [T, out / 2]. What adapters add has to come before, so
-        that only a step without them may leave both to one kernel."""
+        """`lorax_kernels.silu_mul` of `project`: x [T, in] -> [T, out / 2]."""
         if batch is None:
             return linear.silu_mul(x)
-        return silu_mul(*self.begin(linear, x, batch))
+        if linear.weight is None:
+            return silu_mul(self.project(linear, x, batch))
+        return lora_linear_silu_mul(x, (linear.weight, linear.bias), self.weights, batch, self.out_slices)
 
 
 class Decoder:

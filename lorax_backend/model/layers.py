@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorax_backend.model.config import RopeConfig
-from lorax_kernels import linear, linear_silu_mul, silu_mul
+from lorax_kernels import begin_linear, linear, linear_silu_mul, silu_mul
 
 
 class Linear:
@@ -39,15 +39,25 @@ class Linear:
         if self._packed is not None:
             return _packed_linear(x, self._packed, self.bias)
         assert self.weight is not None
-        if x.is_cuda:
+        if _on_device(x):
             return linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, out] for a norm to read, as `lorax_kernels.begin_linear`."""
+        if self.weight is not None and _on_device(x):
+            return begin_linear(x, self.weight, self.bias)
+        return self(x)
+
     def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
         """`lorax_kernels.silu_mul` of this layer: x [T, in] -> [T, out / 2], with gate before up in `weight`."""
-        if self.weight is not None and x.is_cuda:
+        if self.weight is not None and _on_device(x):
             return linear_silu_mul(x, self.weight, self.bias)
         return silu_mul(self(x))
+
+
+def _on_device(x: torch.Tensor) -> bool:
+    return x.is_cuda
 
 
 def _packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -145,3 +145,45 @@ def test_the_environment_chooses_the_kernel(rows: int, monkeypatch: pytest.Monke
     monkeypatch.undo()
     tuning.forget_configs()
     assert rows > 32 or torch.equal(got, skinny_linear(x, weight, bias, chosen))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("rows", [1, 7, 32])
+@pytest.mark.parametrize(("inner", "width"), [(8192, 2048), (1000, 4096)])
+def test_silu_in_the_product_is_silu_after_it(
+    inner: int, width: int, rows: int, name: str, dtype: torch.dtype
+) -> None:
+    x, weight, bias = make(rows, 2 * inner, width, dtype)
+    config = replace(CONFIGS[name], split_k=1)
+    for given in (None, bias):
+        apart = lorax_kernels.silu_mul(skinny_linear(x, weight, given, config))
+        assert torch.equal(skinny_linear(x, weight, given, CONFIGS[name], silu=True), apart)
+
+
+@pytest.mark.usefixtures("_early_nodes")
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("rows", [2, 24, 32])
+def test_a_norm_sums_the_planes_of_a_split_product(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched early, one after the other, again and again in a graph."""
+    table = '{"kernel": "triton", "block_n": 128, "block_k": 128, "warps": 8, "split_k": 8, "pdl": true}'
+    monkeypatch.setenv("LORAX_GEMM_CONFIG", table)
+    tuning.forget_configs()
+    x, weight, scale = make(rows, 2048, 8192, dtype)
+    before = torch.randn(rows, 2048, device="cuda").to(dtype)
+
+    def fused() -> tuple[torch.Tensor, torch.Tensor]:
+        planes = lorax_kernels.begin_linear(x, weight)
+        assert planes.dim() == 3
+        return lorax_kernels.rms_norm(before, scale, 1e-5, planes)
+
+    want = lorax_kernels.rms_norm(before, scale, 1e-5, lorax_kernels.linear(x, weight))
+    fused()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = fused()
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))

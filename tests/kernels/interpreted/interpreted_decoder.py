@@ -15,18 +15,21 @@ from model_driver import ModelDriver
 from triton.runtime.interpreter import InterpretedFunction
 
 from lorax_backend.model import layers
-from lorax_kernels import LoraBatch, dispatch, tuning
+from lorax_kernels import LoraBatch, dispatch, skinny_gemm, tuning
 
 LAYERS = 2
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTERS = ({"rank": 1, "targets": ("q_proj",)}, {"rank": 12, "targets": MODULES})
 PROMPTS = [[3 + (7 * i + k) % 200 for k in range(3 + 2 * i)] for i in range(5)]
+PRODUCT = {"kernel": "triton", "block_n": 16, "block_k": 32, "stages": 1, "split_k": 2}
 SMALL = {"block_k": 32, "row_n": 64, "block_n": 32, "split_shift": 1}
 
 
 @contextmanager
-def on_triton(monkeypatch: pytest.MonkeyPatch, **config: object) -> Iterator[None]:
-    """CPU tensors go to the Triton kernels, LoRA with `config`."""
+def on_triton(
+    monkeypatch: pytest.MonkeyPatch, product: dict[str, object] | None = None, **config: object
+) -> Iterator[None]:
+    """CPU tensors go to the Triton kernels, LoRA with `config`, and base layers with `product` if that is given."""
     plain = LoraBatch.build
 
     def with_work(*arguments: object) -> LoraBatch | None:
@@ -35,6 +38,9 @@ def on_triton(monkeypatch: pytest.MonkeyPatch, **config: object) -> Iterator[Non
 
     with monkeypatch.context() as patched:
         patched.setenv(tuning.OVERRIDE.format(kind="LORA"), json.dumps(SMALL | config))
+        if product is not None:
+            patched.setenv(tuning.OVERRIDE.format(kind="GEMM"), json.dumps(product))
+            patched.setattr(layers, "_on_device", lambda tensor: True)
         patched.setattr(dispatch, "_uses_triton", lambda tensor: True)
         patched.setattr(LoraBatch, "build", with_work)
         tuning.forget_configs()
@@ -62,10 +68,16 @@ def decode(
         launches["linear"] += 1
         return plain_linear(*arguments)
 
-    def step(config: dict[str, object] | None) -> tuple[torch.Tensor, Counter[str]]:
+    def step(
+        config: dict[str, object] | None,
+        product: dict[str, object] | None = None,
+        plain: bool = False,
+        rows: int = 5,
+    ) -> tuple[torch.Tensor, Counter[str]]:
         driver = ModelDriver(path, dtype="float32", num_blocks=32, max_batch_size=8, adapter_pages=8)
         slots = [driver.add_adapter(folder) for folder in folders]
-        sequences = [driver.add(ids, [*slots, -1, slots[1], slots[1]][i]) for i, ids in enumerate(PROMPTS)]
+        slots_of = [-1] * 5 if plain else [slots[1], slots[0], -1, slots[1], slots[1]]
+        sequences = [driver.add(ids, slot) for ids, slot in zip(PROMPTS[:rows], slots_of, strict=False)]
         driver.generate(sequences, 1)
         launches.clear()
         with monkeypatch.context() as patched:
@@ -75,7 +87,7 @@ def decode(
             if config is None:
                 driver.step(work)
             else:
-                with on_triton(monkeypatch, **config):
+                with on_triton(monkeypatch, product, **config):
                     driver.step(work)
         return torch.stack([driver.last_logits[seq.handle] for seq in sequences]), Counter(launches)
 
@@ -92,8 +104,9 @@ def test_a_decode_step_gives_the_logits_of_the_torch_path_in_17_launches_a_layer
 
 
 def nodes_per_layer(launches: Counter[str]) -> float:
-    """Without the last norm and the head."""
-    return (sum(launches.values()) - 2) / LAYERS
+    """Without the last norm, the head and the drawing."""
+    assert launches["greedy_kernel"] == 1
+    return (sum(launches.values()) - 3) / LAYERS
 
 
 def test_nodes_that_add_the_deltas_leave_14_launches_a_layer_and_give_the_same_logits(
@@ -103,3 +116,32 @@ def test_nodes_that_add_the_deltas_leave_14_launches_a_layer_and_give_the_same_l
     fused, after = decode({"fuse_norm": True, "fuse_silu": True, "fuse_block_n": 32, "fuse_row_n": 32})
     torch.testing.assert_close(fused, want, atol=1e-4, rtol=1e-4)
     assert nodes_per_layer(after) == 14 + 1 / LAYERS  # no norm comes after the last layer
+
+
+FUSING = {"fuse_norm": True, "fuse_silu": True, "fuse_block_n": 32, "fuse_row_n": 32}
+
+
+@pytest.mark.parametrize(
+    ("rows", "plain", "nodes"),
+    [(5, True, 8), (5, False, 14 + 1 / LAYERS), (1, True, 8), (1, False, 12)],
+    ids=["rows", "rows with adapters", "a row", "a row with an adapter"],
+)
+def test_norms_sum_what_split_products_leave_and_products_do_silu(
+    rows: int,
+    plain: bool,
+    nodes: float,
+    decode: Callable[..., tuple[torch.Tensor, Counter[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several rows the last product of a layer is split, and no norm comes after that of the last layer."""
+    monkeypatch.setattr(skinny_gemm, "_INTERPRETER_SMS", 8)
+    skinny_gemm._num_sms.cache_clear()
+    config = {"one_row_in_product": True} if rows == 1 else FUSING
+    want, _ = decode(None, plain=plain, rows=rows)
+    apart, before = decode(config, PRODUCT | {"fuse_silu": False, "fuse_sum": False}, plain, rows)
+    got, after = decode(config, PRODUCT, plain, rows)
+    skinny_gemm._num_sms.cache_clear()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got, apart), "it is the same sums and the same rounding"
+    assert before["sum_planes_kernel"] == (LAYERS if rows > 1 else 0)
+    assert nodes_per_layer(after) == nodes + (rows > 1) / LAYERS, after

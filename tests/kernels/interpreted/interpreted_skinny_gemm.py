@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from lorax_kernels.skinny_gemm import linear, share, skinny_linear
+from lorax_kernels import fused_triton, skinny_gemm, tuning
+from lorax_kernels.skinny_gemm import begin_linear, linear, linear_silu, share, skinny_linear
 from lorax_kernels.tuning import GemmConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
+CONFIGS = {
+    "narrow": GemmConfig(block_n=16, block_k=128, stages=1),
+    "two stages": GemmConfig(block_n=32, block_k=64, stages=2),
+    "split": GemmConfig(block_n=64, block_k=64, split_k=4),
+}
+
+
+@pytest.fixture
+def _split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A table that splits K, and multiprocessors enough for that."""
+    monkeypatch.setenv(
+        "LORAX_GEMM_CONFIG", '{"kernel": "triton", "block_n": 16, "block_k": 64, "split_k": 4}'
+    )
+    monkeypatch.setattr(skinny_gemm, "_num_sms", lambda index: 20)
+    tuning.forget_configs()
+    yield
+    monkeypatch.undo()
+    tuning.forget_configs()
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize(
-    "config",
-    [
-        GemmConfig(block_n=16, block_k=128, stages=1),
-        GemmConfig(block_n=32, block_k=64, stages=2),
-        GemmConfig(block_n=64, block_k=64, split_k=4),
-    ],
-    ids=["narrow", "two stages", "split"],
-)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("rows", [1, 7, 17])
 def test_few_rows_equal_float64(rows: int, config: GemmConfig, dtype: torch.dtype) -> None:
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 592), (104, 592), (104,)))
@@ -31,6 +46,44 @@ def test_few_rows_equal_float64(rows: int, config: GemmConfig, dtype: torch.dtyp
         )
         assert got.dtype == dtype
         assert (got.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("rows", [1, 7, 17])
+def test_silu_in_the_product_is_silu_after_it(rows: int, config: GemmConfig, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 592), (104, 592), (104,)))
+    weight = weight / 24  # or SiLU would overflow
+    for given in (None, bias):
+        apart = skinny_linear(x, weight, given, GemmConfig(block_n=config.block_n, block_k=config.block_k))
+        got = skinny_linear(x, weight, given, config, silu=True)
+        assert torch.equal(got, fused_triton.silu_mul(apart))
+
+
+@pytest.mark.usefixtures("_split")
+def test_a_product_that_is_split_leaves_silu_to_others() -> None:
+    x, wide, narrow = torch.randn(7, 1024), torch.randn(640, 1024) / 32, torch.randn(64, 1024)
+    assert linear_silu(x, narrow) is None
+    for rows in (1, 7):
+        whole = linear_silu(x[:rows], wide)
+        assert whole is not None
+        assert torch.equal(whole, fused_triton.silu_mul(linear(x[:rows], wide)))
+
+
+@pytest.mark.usefixtures("_split")
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_a_norm_sums_the_planes_of_a_split_product(dtype: torch.dtype) -> None:
+    x, weight, before = (torch.randn(*shape).to(dtype) for shape in ((7, 1024), (72, 1024), (7, 72)))
+    planes = begin_linear(x, weight)
+    assert planes.shape == (4, 7, 72)
+    scale = torch.randn(72).to(dtype)
+    got = fused_triton.rms_norm(before, scale, 1e-5, planes)
+    want = fused_triton.rms_norm(before, scale, 1e-5, linear(x, weight))
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert begin_linear(x, weight, torch.randn(72).to(dtype)).dim() == 2, "a bias is added before rounding"
+    assert begin_linear(x[:1], weight).shape == (1, 72)
+    with pytest.raises(ValueError, match="planes"):
+        fused_triton.rms_norm(before, scale, 1e-5, planes.half())
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
