@@ -1,38 +1,28 @@
 """Downloaded adapters on disk, within a budget of bytes. Standard library only.
 
-The folder holds `<source>/<repository>/snapshots/<revision>/<files>`, which is also how `huggingface_hub` lays out its
-cache, so that its downloads can go straight here (its snapshots are links to files in `blobs`). A snapshot's time of
-change is its last use: there is no index to corrupt, and a restarted server goes on with the same order. Several
-processes may share the folder: who reads or writes in a repository holds a shared lock on it (a file in `.locks`), who
-removes something from it an exclusive one, and none removes what another has used in the last minute.
+A snapshot's time of change is its last use: there is no index to corrupt, and a restarted server goes on with the same
+order. Several processes may share the folder (see disk_locks), and none removes what another has used in the last
+minute. How it looks inside is in disk_files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import os
-import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import quote
+from typing import Any
 
+from lorax_backend.adapters import disk_files
+from lorax_backend.adapters.disk_locks import Lock, RepositoryLocks, release
 from lorax_backend.adapters.weight_files import CONFIG_NAME
 from lorax_backend.errors import AdapterTooLargeError
 
-_ID_FILE = ".adapter_id"
 _FOREIGN_USE_S = 60.0
-_STALE_S = 86400.0  # a download that broke off is taken up again for a day
-_PARTIAL = (".incomplete", ".part")
-_REMOVED = ".removed"
-_MAX_NAME = 120
-_MAX_LOCKS = 256  # each is an open file; leases beyond them rely on the time of use
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +62,7 @@ class DiskCache:
         self._removing: set[Path] = set()
         self._used = 0  # bytes of all entries
         self._last_use_ms = 0
-        self._locks = 0
+        self._locks = RepositoryLocks(root, self._lock)
         self._reserved = 0
         self._evictions = 0
         try:
@@ -87,10 +77,7 @@ class DiskCache:
 
     def repository(self, source: str, adapter_id: str) -> Path:
         """Where an adapter of a source that has no layout of its own is written; `writing` makes and marks it."""
-        name = (
-            f"{quote(adapter_id, safe='')[:_MAX_NAME]}-{hashlib.sha256(adapter_id.encode()).hexdigest()[:12]}"
-        )
-        return self.folder(source) / name
+        return self.folder(source) / disk_files.repository_name(adapter_id)
 
     @contextlib.contextmanager
     def writing(self, repository: Path, nbytes: int, mark: str | None = None) -> Iterator[None]:
@@ -110,15 +97,14 @@ class DiskCache:
             self._removed.wait_for(lambda: repository not in self._removing)
             self._reserved += nbytes
             self._writing[repository] = self._writing.get(repository, 0) + 1
-        lock = self._shared(repository)
+        lock = self._locks.shared(repository)
         try:
             self._evict(lambda: self._used + self._reserved > self.max_bytes)
             if mark is not None:
-                repository.mkdir(parents=True, exist_ok=True)
-                (repository / _ID_FILE).write_text(mark)
+                disk_files.mark(repository, mark)
             yield
         finally:
-            _close(lock)
+            release(lock)
             with self._lock:
                 self._reserved -= nbytes
                 self._writing[repository] -= 1
@@ -137,8 +123,8 @@ class DiskCache:
             entry.last_used = self._last_use_ms / 1000
             entry.leases += 1
         lease = DiskLease()
-        weakref.finalize(lease, self._release, entry, self._lease_lock(entry.repository))
-        nbytes = _size(folder)
+        weakref.finalize(lease, self._release, entry, self._locks.lease(entry.repository))
+        nbytes = disk_files.size_of(folder)
         with self._lock:
             if self._entries.get(folder) is entry:
                 self._used += nbytes - entry.nbytes
@@ -208,7 +194,7 @@ class DiskCache:
     def _is_free(self, entry: _Entry) -> bool:
         return not (entry.leases or entry.repository in self._writing or entry.repository in self._removing)
 
-    def _evict(self, needed: Any) -> int:
+    def _evict(self, needed: Callable[[], bool]) -> int:
         victims: list[_Entry] = []
         with self._lock:
             candidates = sorted(
@@ -238,14 +224,14 @@ class DiskCache:
         try:
             for entry in victims:
                 try:
-                    lock = self._locked(entry.repository, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock = self._locks.exclusive(entry.repository)
                 except BlockingIOError:
                     kept.append(entry)
                     continue
                 try:
-                    _remove_snapshot(entry.folder)
+                    disk_files.remove_snapshot(entry.folder)
                 finally:
-                    _close(lock)
+                    release(lock)
         finally:
             with self._removed:
                 for entry in kept:
@@ -254,67 +240,19 @@ class DiskCache:
                 self._removed.notify_all()
         return sum(entry.nbytes for entry in victims) - sum(entry.nbytes for entry in kept)
 
-    def _release(self, entry: _Entry, lock: IO[str] | None) -> None:
-        _close(lock)
+    def _release(self, entry: _Entry, lock: Lock) -> None:
+        self._locks.end_lease(lock)
         with self._lock:
             entry.leases -= 1
-            self._locks -= lock is not None
-
-    def _lease_lock(self, repository: Path) -> IO[str] | None:
-        with self._lock:
-            if self._locks >= _MAX_LOCKS:
-                return None
-            self._locks += 1
-        lock = self._shared(repository)
-        with self._lock:
-            self._locks -= lock is None
-        return lock
-
-    def _shared(self, repository: Path) -> IO[str] | None:
-        """Keep other processes from removing anything in a repository until the file is closed."""
-        return self._locked(repository, fcntl.LOCK_SH)
-
-    def _locked(self, repository: Path, mode: int) -> IO[str] | None:
-        """The locked file, which stays when it is closed, as it could not be removed without a race; None where there
-        are no locks to be had: on a full disk, or in a folder that cannot be written.
-
-        Raises:
-            BlockingIOError: somebody else has it locked.
-        """
-        locks = self.root / ".locks" / "repositories" / repository.parent.name
-        file: IO[str] | None = None
-        try:
-            locks.mkdir(parents=True, exist_ok=True)
-            file = (locks / f"{repository.name}.lock").open("a")
-            fcntl.flock(file, mode)
-        except BlockingIOError:
-            _close(file)
-            raise
-        except OSError:
-            _close(file)
-            return None
-        return file
 
     def _scan(self) -> None:
-        for folder in self.root.glob("*/*/snapshots/*"):
+        for folder in disk_files.snapshots(self.root):
+            repository = folder.parent.parent
             with contextlib.suppress(OSError):  # another server may have removed it
-                if (folder / CONFIG_NAME).exists() and not folder.name.endswith(_REMOVED):
-                    source, repository = folder.parts[-4], folder.parent.parent
-                    entry = _Entry(
-                        source, _adapter_id(repository), folder, _size(folder), folder.stat().st_mtime
-                    )
-                    self._add(entry)
-        for doomed in self.root.glob(f"*/*/snapshots/*{_REMOVED}"):  # whose removal broke off
-            shutil.rmtree(doomed, ignore_errors=True)
-        for partial in self.root.glob("*/*/*/*"):
-            with contextlib.suppress(OSError):
-                if partial.name.endswith(_PARTIAL) and time.time() - partial.stat().st_mtime > _STALE_S:
-                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-
-
-def _close(lock: IO[str] | None) -> None:
-    if lock is not None:
-        lock.close()
+                adapter_id, nbytes = disk_files.adapter_id_of(repository), disk_files.size_of(folder)
+                source, used = repository.parent.name, folder.stat().st_mtime
+                self._add(_Entry(source, adapter_id, folder, nbytes, used))
+        disk_files.remove_leftovers(self.root)
 
 
 def _used_elsewhere(entry: _Entry) -> bool:
@@ -327,44 +265,3 @@ def _used_elsewhere(entry: _Entry) -> bool:
         return False
     entry.last_used = used
     return time.time() - used < _FOREIGN_USE_S
-
-
-def _adapter_id(repository: Path) -> str:
-    marker = repository / _ID_FILE
-    if marker.exists():
-        return marker.read_text()
-    return repository.name.removeprefix("models--").replace("--", "/")
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files that a snapshot holds or links to."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            with contextlib.suppress(OSError):
-                total += entry.stat().st_size if entry.is_file() else 0
-    return total
-
-
-def _remove_snapshot(folder: Path) -> None:
-    """Remove a snapshot and the blobs that only it links to; with the last one, the repository."""
-    blobs = _linked(folder)
-    doomed = folder.with_name(folder.name + _REMOVED)
-    shutil.rmtree(doomed, ignore_errors=True)  # an earlier removal may have broken off
-    with contextlib.suppress(OSError):
-        folder.rename(doomed)  # at once, so that nobody finds half of it
-    shutil.rmtree(doomed, ignore_errors=True)
-    snapshots = [entry for entry in folder.parent.glob("*") if entry.is_dir()]
-    if not snapshots:
-        shutil.rmtree(folder.parent.parent, ignore_errors=True)
-        return
-    for snapshot in snapshots:
-        blobs -= _linked(snapshot)
-    for blob in blobs:
-        blob.unlink(missing_ok=True)
-
-
-def _linked(folder: Path) -> set[Path]:
-    with contextlib.suppress(OSError):
-        return {entry.resolve() for entry in folder.iterdir() if entry.is_symlink()}
-    return set()

@@ -17,7 +17,7 @@ from adapter_files import read_files
 from hub_server import HubServer
 from small_disk import small_files
 
-from lorax_backend.adapters import disk_cache
+from lorax_backend.adapters import disk_files, disk_locks
 from lorax_backend.adapters.disk_cache import DiskCache, DiskLease
 from lorax_backend.adapters.sources.hub import HubSource
 from lorax_backend.adapters.sources.registry import create_disk_cache
@@ -126,7 +126,7 @@ def test_what_another_process_has_read_for_long_stays(tmp_path: Path) -> None:
 
 
 def test_locks_of_readers_are_few_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_cache, "_MAX_LOCKS", 2)
+    monkeypatch.setattr(disk_locks, "_MAX_LEASED", 2)
     cache = DiskCache(tmp_path, 9 * SIZE)
     folders = [store(cache, name) for name in "abcd"]
     before = len(os.listdir("/proc/self/fd"))
@@ -135,7 +135,7 @@ def test_locks_of_readers_are_few_and_given_back(tmp_path: Path, monkeypatch: py
     assert len(os.listdir("/proc/self/fd")) == before + 2
     assert cache.purge() == 0
     leases.clear()
-    assert cache._locks == 0
+    assert cache._locks.num_leased == 0
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_written_can_be_read(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "utime", read_only)
     cache = DiskCache(tmp_path, 9 * SIZE)
     assert cache.lease("s3", "a", folder) is not None
-    assert cache._locks == 0
+    assert cache._locks.num_leased == 0
 
 
 def test_a_removal_that_broke_off_is_ended_by_the_next(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_an_adapter_on_its_way_out_is_not_handed_to_a_reader(
         assert go_on.wait(10)
         shutil.rmtree(folder.parent.parent)
 
-    monkeypatch.setattr(disk_cache, "_remove_snapshot", slow_removal)
+    monkeypatch.setattr(disk_files, "remove_snapshot", slow_removal)
     with ThreadPoolExecutor() as pool:
         purge = pool.submit(cache.purge)
         assert begun.wait(10)
@@ -302,7 +302,7 @@ def test_one_revision_of_a_repository_can_go_without_the_files_it_shares(
     second = source.fetch(AdapterRef("hub", "org/a"), None).folder
     gc.collect()
     entry = cache._entries.pop(first)
-    disk_cache._remove_snapshot(entry.folder)
+    disk_files.remove_snapshot(entry.folder)
     assert (second / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
     assert len(list((second.parent.parent / "blobs").iterdir())) == 2
 
