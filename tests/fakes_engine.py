@@ -461,9 +461,9 @@ class _FaultyProvider(FakeProvider):
 
 @dataclass(frozen=True)
 class FakeEngineBuilder:
-    """Builds an engine of fakes, also in a spawned process. `fault` makes the builder raise or exit, or tell by an error
-    how long its threads' turns are, or the adapters' poll raise once a request has come ("poll"), or the device be lost
-    with the first step that fails ("device")."""
+    """Builds an engine of fakes, also in a spawned process. `fault` makes the builder raise or exit, or raise with the
+    length of its threads' turns ("tell"), or the adapters' poll raise once a request has come ("poll"), or the device
+    be lost with the first step that fails ("device")."""
 
     fault: str = ""
     step_seconds: float = 0.0
