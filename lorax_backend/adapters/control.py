@@ -7,7 +7,6 @@ again is harmless and tells the present state; `adapters` shows what failed.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorax_backend.adapters.background import DISK
 from lorax_backend.adapters.loading import AdapterLoading, AdapterParts
 from lorax_backend.adapters.registry import AdapterRecord, AdapterStatus
+from lorax_backend.adapters.report import adapter_rows
 from lorax_backend.adapters.tiers import DeviceTier
 from lorax_backend.engine.protocols import AdapterFailure
 from lorax_backend.errors import LoraxError, ValidationError
@@ -37,7 +37,6 @@ _ARGUMENTS = {
 }
 _NO_PINS = "pin: beside what is pinned on the {tier} already, it would leave no room for any other adapter"
 _MAX_ERRORS = 256
-_MAX_DISK_LISTED = 4096
 
 
 @dataclass(slots=True)
@@ -98,26 +97,7 @@ class AdapterControl:
 
     def rows(self) -> list[dict[str, Any]]:
         """See AdapterLifecycle.describe."""
-        now, records = self._clock(), self._loading.records.values()
-        rows = [record.describe(now) for record in sorted(records, key=lambda record: str(record.ref))]
-        known = {(row["source"], row["id"]) for row in rows}
-        for ref, error in self._errors.items():
-            failure = {"last_error": error.message, "error_type": error.error_type}
-            if (ref.source, ref.id) not in known:
-                row = _absent_row(ref.source, ref.id, ref.revision, "failed", error=error.message)
-                rows.append(row | failure)
-                continue
-            # The adapter is here all the same: its reload failed, or it was had another time.
-            for row in rows:
-                if (row["source"], row["id"], row["revision"]) == (ref.source, ref.id, ref.revision):
-                    row |= failure
-        entries = self._parts.disk.entries() if self._parts.disk is not None else []
-        for entry in entries[:_MAX_DISK_LISTED]:
-            if (entry["source"], entry["id"]) not in known:
-                row = _absent_row(entry["source"], entry["id"], entry["revision"], "on_disk")
-                seconds = round(max(0.0, time.time() - entry["last_used"]), 3)
-                rows.append(row | {"tier": "disk", "bytes": entry["bytes"], "last_used_s": seconds})
-        return rows
+        return adapter_rows(self._loading.records.values(), self._errors, self._parts.disk, self._clock())
 
     def progress(self) -> None:
         """Move the commands under way on as far as they can go now."""
@@ -330,15 +310,3 @@ def _tier(arguments: dict[str, Any], known: tuple[str, ...], default: str) -> st
     if tier not in known:
         raise ValidationError(f"tier: {tier!r} is not one of {', '.join(known)}")
     return str(tier)
-
-
-def _absent_row(
-    source: str, adapter_id: str, revision: str | None, status: str, error: str | None = None
-) -> dict[str, Any]:
-    record = AdapterRecord(AdapterRef(source, adapter_id, revision))
-    return record.describe(0.0) | {
-        "status": status,
-        "tier": None,
-        "error": error,
-        "resolved_revision": revision,
-    }

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lorax_backend.adapters.counters import DEVICE, HOST
 from lorax_backend.adapters.loading import MAX_NAMED, AdapterLoading
+from lorax_backend.adapters.registry import AdapterRecord
 from lorax_backend.adapters.sources.base import DiskTier
 from lorax_backend.adapters.tiers import DeviceTier
+from lorax_backend.errors import LoraxError
+from lorax_backend.types import AdapterRef
+
+_MAX_DISK_LISTED = 4096
 
 
 def tier_stats(loading: AdapterLoading, device: DeviceTier, disk: DiskTier | None) -> dict[str, Any]:
@@ -67,3 +73,44 @@ def device_problems(loading: AdapterLoading, device: DeviceTier) -> Iterator[str
         yield "records on the device"
     if any(record.slot is None for record in records if record.users):
         yield "slots of running sequences"
+
+
+def adapter_rows(
+    records: Iterable[AdapterRecord],
+    errors: Mapping[AdapterRef, LoraxError],
+    disk: DiskTier | None,
+    now: float,
+) -> list[dict[str, Any]]:
+    """See AdapterLifecycle.describe: the adapters that are known, those that commands could not have, by `errors`, and
+    those that are on disk alone. `now` is the time on the lifecycle's clock."""
+    rows = [record.describe(now) for record in sorted(records, key=lambda record: str(record.ref))]
+    known = {(row["source"], row["id"]) for row in rows}
+    for ref, error in errors.items():
+        failure = {"last_error": error.message, "error_type": error.error_type}
+        if (ref.source, ref.id) not in known:
+            row = _absent_row(ref.source, ref.id, ref.revision, "failed", error=error.message)
+            rows.append(row | failure)
+            continue
+        # The adapter is here all the same: its reload failed, or it was had another time.
+        for row in rows:
+            if (row["source"], row["id"], row["revision"]) == (ref.source, ref.id, ref.revision):
+                row |= failure
+    entries = disk.entries() if disk is not None else []
+    for entry in entries[:_MAX_DISK_LISTED]:
+        if (entry["source"], entry["id"]) not in known:
+            row = _absent_row(entry["source"], entry["id"], entry["revision"], "on_disk")
+            seconds = round(max(0.0, time.time() - entry["last_used"]), 3)
+            rows.append(row | {"tier": "disk", "bytes": entry["bytes"], "last_used_s": seconds})
+    return rows
+
+
+def _absent_row(
+    source: str, adapter_id: str, revision: str | None, status: str, error: str | None = None
+) -> dict[str, Any]:
+    record = AdapterRecord(AdapterRef(source, adapter_id, revision))
+    return record.describe(0.0) | {
+        "status": status,
+        "tier": None,
+        "error": error,
+        "resolved_revision": revision,
+    }
