@@ -76,6 +76,8 @@ class Authorization:
 
     def admit(self, record: AdapterRecord, handle: int) -> None:
         """Let a request use an adapter whose files are here, at once or when the source has said so."""
+        if record.permissions.public and not self._sources[record.ref.source].remote:
+            return  # a folder on our own disk does not become private, and to ask costs a change of threads
         credential = record.handles[handle]
         age = record.permissions.age(credential, self._clock())
         if age is None or age >= self._ttl_s:

@@ -51,6 +51,26 @@ def test_a_right_is_asked_for_again_after_its_time_and_renewed_before_it() -> No
     assert bench.is_ready("a", late)
 
 
+def test_a_public_adapter_of_the_servers_own_disk_is_never_asked_about_again() -> None:
+    bench = Bench(a=FakeAdapter(1.0), auth_ttl_s=100.0)
+    bench.source.remote = False
+    bench.load("a")
+    bench.clock.now += 1000
+    assert bench.is_ready("a", bench.acquire("a", "whoever"))
+    assert not bench.loader.jobs
+    assert bench.source.checks == []
+
+
+def test_a_public_adapter_that_comes_over_the_network_is_asked_about_again() -> None:
+    bench = Bench(a=FakeAdapter(1.0), auth_ttl_s=100.0)
+    bench.load("a")
+    bench.clock.now += 1000
+    late = bench.acquire("a")
+    assert not bench.is_ready("a", late)
+    assert not bench.settle()
+    assert bench.is_ready("a", late)
+
+
 def test_a_right_that_was_taken_away_ends_with_its_time_but_ends_no_request_under_way() -> None:
     bench = private(auth_ttl_s=100.0)
     first = bench.load("a", "alice")
