@@ -28,6 +28,7 @@ _STATS_INTERVAL_S = 1.0
 _STALLED_WAIT_S = (
     0.02  # for a sequence that found no room although nothing runs: the adapters' copies may be late
 )
+_SETTLE_S = 0.01  # so long nothing comes before the engine counts as idle and says so
 
 
 class CommandSource(Protocol):
@@ -62,12 +63,13 @@ class _Bell:
         """Wake the sleeper, or the next one; from any thread."""
         os.eventfd_write(self._descriptor, 1)
 
-    def sleep(self, limit_s: float | None) -> None:
-        """Until it has rung since the last time, something can be read, or the time is over."""
+    def sleep(self, limit_s: float) -> bool:
+        """Until it has rung since the last time or the other can be read, which is True, or the time is over."""
         # Rounded up: a little too early would be too early again and again.
-        ready = self._poll.poll(None if limit_s is None else math.ceil(limit_s * 1e3))
+        ready = self._poll.poll(None if limit_s == math.inf else math.ceil(limit_s * 1e3))
         if any(descriptor == self._descriptor for descriptor, _ in ready):
             os.eventfd_read(self._descriptor)
+        return bool(ready)
 
 
 class EngineLoop:
@@ -134,16 +136,26 @@ class EngineLoop:
                 self._send_stats()
 
     def _sleep(self) -> None:
-        limit = self._core.patience_s
-        if self._core.has_work:
-            limit = _STALLED_WAIT_S if limit is None else min(limit, _STALLED_WAIT_S)
-        else:
+        limit = _STALLED_WAIT_S
+        if not self._core.has_work:
+            # Those who take in a report are just sending the last tokens, and may be asking for more.
+            if self._rest(self._at_most(_SETTLE_S)):
+                return
             self._send_stats()
+            limit = math.inf
+        self._rest(self._at_most(limit))
+
+    def _at_most(self, limit_s: float) -> float:
+        patience_s = self._core.patience_s
+        return limit_s if patience_s is None else min(limit_s, patience_s)
+
+    def _rest(self, limit_s: float) -> bool:
+        """Sleep until there is something to look at, which it tells, or the time is over."""
         # Set before the look: who brings something later sees it and rings, and what came before is seen.
         self._asleep = True
-        if not (self._commands or self._woken or self._stopping):
-            self._bell.sleep(limit)
+        found = bool(self._commands or self._woken or self._stopping) or self._bell.sleep(limit_s)
         self._asleep = self._woken = False
+        return found
 
     def _send_stats(self) -> None:
         self._next_stats = self._clock() + _STATS_INTERVAL_S
