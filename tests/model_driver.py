@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,11 +92,16 @@ class ModelDriver:
             seen.append(original(hidden, lora))
             return seen[-1].clone()
 
-        decoder.logits = recording
+        def recording_both(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden, logits = type(decoder).forward_with_logits(decoder, *arguments)
+            seen.append(logits)
+            return hidden, logits.clone()
+
+        decoder.logits, decoder.forward_with_logits = recording, recording_both
         try:
             result = self.runner.launch(batch).result()
         finally:
-            del decoder.logits
+            del decoder.logits, decoder.forward_with_logits
         sampled = [item.seq.handle for item in batch.sequences if item.sample]
         # Logits of prompts that are scored come before those of the rows that sample.
         self.last_logits = dict(zip(sampled, seen[-1].clone(), strict=True)) if sampled else {}

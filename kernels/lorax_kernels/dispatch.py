@@ -29,8 +29,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def begin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear` for a caller that gives the result to `rms_norm` as the residual, and to nothing else: on a device it
-    may be planes, as said there."""
+    """`linear` for a caller that gives the result to `rms_norm` as the residual or to `rope_and_cache`, and to nothing
+    else: on a device it may be planes, as said there."""
     if _uses_triton(x):
         from lorax_kernels import skinny_gemm
 
@@ -212,7 +212,8 @@ def rope_and_cache(
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`."""
+    """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`. On a device qkv may be
+    planes, as the residual of `rms_norm`."""
     if _uses_triton(qkv):
         from lorax_kernels import fused_triton
 

@@ -26,7 +26,8 @@ def store_normed(x, weight, y_ptr, row, column, seen, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def sum_of_planes(planes_ptr, row, column, seen, WIDTH: tl.constexpr, PLANES: tl.constexpr):
-    """One row of planes [PLANES, rows, WIDTH], summed in their order, in float32; a program must have a row."""
+    """Columns of one row of planes [PLANES, rows, WIDTH], summed in their order, in float32. The first axis of the grid
+    must be the rows."""
     rows = tl.num_programs(0).to(tl.int64)
     total = tl.zeros(column.shape, dtype=tl.float32)
     for plane in tl.static_range(PLANES):
@@ -142,7 +143,7 @@ def _rope_cache_kernel(
     qkv_ptr, positions_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr,
     stride_qkv, stride_table, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    QK_NORM: tl.constexpr, PDL: tl.constexpr,
+    QK_NORM: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -153,9 +154,15 @@ def _rope_cache_kernel(
     cos, sin, slot = rope_tables(positions_ptr, cos_ptr, sin_ptr, slots_ptr, row, d, stride_table, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    source = qkv_ptr + row * stride_qkv + head[:, None] * D + d[None, :]
-    first = tl.load(source, mask=seen, other=0.0)
-    second = tl.load(source + D // 2, mask=seen, other=0.0)
+    where = head[:, None] * D + d[None, :]
+    if PLANES > 0:
+        first = sum_of_planes(qkv_ptr, row, where, seen, (HEADS + 2 * KV_HEADS) * D, PLANES)
+        second = sum_of_planes(qkv_ptr, row, where + D // 2, seen, (HEADS + 2 * KV_HEADS) * D, PLANES)
+        first = first.to(q_out_ptr.dtype.element_ty)
+        second = second.to(q_out_ptr.dtype.element_ty)
+    else:
+        first = tl.load(qkv_ptr + row * stride_qkv + where, mask=seen, other=0.0)
+        second = tl.load(qkv_ptr + row * stride_qkv + where + D // 2, mask=seen, other=0.0)
     rope_and_store(
         first, second, row, head, d, cos, sin, slot, q_norm_ptr, k_norm_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, eps,
         HEADS, KV_HEADS, D, QK_NORM,
@@ -182,19 +189,17 @@ def rms_norm(
     return y, total
 
 
-def num_planes(residual: torch.Tensor | None) -> int:
+def num_planes(given: torch.Tensor | None) -> int:
     """How many planes are to be summed, 0 if it is no stack of planes.
 
     Raises:
-        ValueError: the planes are not contiguous in float32.
+        ValueError: they are planes, but not contiguous in float32.
     """
-    if residual is None or residual.dim() == 2:
+    if given is None or given.dim() == 2:
         return 0
-    if not residual.is_contiguous() or residual.dtype != torch.float32:
-        raise ValueError(
-            f"rms_norm: planes {tuple(residual.shape)} {residual.dtype} are not float32, contiguous"
-        )
-    return residual.shape[0]
+    if not given.is_contiguous() or given.dtype != torch.float32:
+        raise ValueError(f"planes {tuple(given.shape)} {given.dtype} are not float32, contiguous")
+    return given.shape[0]
 
 
 def norm_shape(width: int) -> tuple[int, int]:
@@ -232,12 +237,13 @@ def rope_and_cache(
     positions, cos, sin = rope
     k_cache, v_cache = cache
     dim = k_cache.shape[3]
-    q = torch.empty(qkv.shape[0], heads[0], dim, dtype=qkv.dtype, device=qkv.device)
+    rows, planes = qkv.shape[-2], num_planes(qkv)
+    q = torch.empty(rows, heads[0], dim, dtype=k_cache.dtype if planes else qkv.dtype, device=qkv.device)
     block_h, pdl = 8, node_config(qkv.device.index).pdl
-    _rope_cache_kernel[(qkv.shape[0], cdiv(heads[0] + 2 * heads[1], block_h))](
+    _rope_cache_kernel[(rows, cdiv(heads[0] + 2 * heads[1], block_h))](
         qkv, positions, cos, sin, norms[0] if norms else qkv, norms[1] if norms else qkv, slot_mapping, q,
-        k_cache, v_cache, qkv.stride(0), cos.stride(0), eps,
+        k_cache, v_cache, qkv.stride(-2), cos.stride(0), eps,
         HEADS=heads[0], KV_HEADS=heads[1], D=dim, BLOCK_D=next_power_of_2(dim // 2), BLOCK_H=block_h,
-        QK_NORM=norms is not None, PDL=pdl, num_warps=2, **launch_options(pdl),
+        QK_NORM=norms is not None, PLANES=planes, PDL=pdl, num_warps=2, **launch_options(pdl),
     )  # fmt: skip
     return q

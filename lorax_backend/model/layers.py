@@ -44,7 +44,7 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
     def begin(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] -> [T, out] for a norm to read, as `lorax_kernels.begin_linear`."""
+        """x [T, in] -> [T, out] for a norm or the rotation to read, as `lorax_kernels.begin_linear`."""
         if self.weight is not None and _on_device(x):
             return begin_linear(x, self.weight, self.bias)
         return self(x)

@@ -97,3 +97,4 @@ def test_fused_small_kernels(dtype: torch.dtype) -> None:
             case.run(rope_and_cache), case.run(fused_reference.rope_and_cache), strict=True
         ):
             torch.testing.assert_close(one, other, atol=3e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+        case.check_planes(rope_and_cache)

@@ -19,10 +19,23 @@ class RopeCase:
 
     def run(self, function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and both caches after one call on zeroed caches."""
+        return self.run_on(self.qkv, function)
+
+    def run_on(
+        self, qkv: torch.Tensor, function: Callable[..., torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`run`, with another qkv or planes of it."""
         kind = {"dtype": self.qkv.dtype, "device": self.qkv.device}
         caches = torch.zeros(self.cache_shape, **kind), torch.zeros(self.cache_shape, **kind)
-        q = function(self.qkv, self.heads, self.rope, caches, self.slots, self.norms, 1e-6)
+        q = function(qkv, self.heads, self.rope, caches, self.slots, self.norms, 1e-6)
         return q, *caches
+
+    def check_planes(self, function: Callable[..., torch.Tensor]) -> None:
+        """Planes of qkv give what their sum gives, to the bit."""
+        planes = torch.randn(4, *self.qkv.shape, device=self.qkv.device)
+        whole = (((planes[0] + planes[1]) + planes[2]) + planes[3]).to(self.qkv.dtype)
+        pairs = zip(self.run_on(planes, function), self.run_on(whole, function), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def make_rope_case(

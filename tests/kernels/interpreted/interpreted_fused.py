@@ -39,3 +39,9 @@ def test_rope_and_cache(heads: tuple[int, int], dim: int, qk_norm: bool) -> None
     got = case.run(fused_triton.rope_and_cache)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rope_sums_the_planes_of_a_split_product(qk_norm: bool, dtype: torch.dtype) -> None:
+    make_rope_case((9, 3), 64, qk_norm, dtype=dtype).check_planes(fused_triton.rope_and_cache)
