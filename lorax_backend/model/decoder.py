@@ -26,6 +26,7 @@ from lorax_kernels import (
     begin_lora_linear,
     lora_linear,
     lora_linear_silu_mul,
+    paged_attention,
     rms_norm,
     rope_and_cache,
     silu_mul,
@@ -128,24 +129,56 @@ class Decoder:
         Returns:
             [T, hidden], before the last norm.
         """
+        x, active = self._run_layers(input_ids, positions, attention, lora, cache)
+        return x + self._sites[-1]["down"].project(self.weights.layers[-1].down, active, lora.down)
+
+    def forward_with_logits(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBatch,
+        lora: LoraBatches,
+        cache: KvCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and `logits` of every row without adapters of lm_head, in fewer launches than one by one."""
+        x, active = self._run_layers(input_ids, positions, attention, lora, cache)
+        block, delta = self._sites[-1]["down"].begin(self.weights.layers[-1].down, active, lora.down)
+        normed, hidden = rms_norm(x, self.weights.norm, self.config.rms_norm_eps, block, delta)
+        return hidden, self._head_site.project(self.weights.lm_head, normed, None)
+
+    def _run_layers(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBatch,
+        lora: LoraBatches,
+        cache: KvCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything up to the last product: what that is added to, and what goes into it."""
         eps = self.config.rms_norm_eps
         x = F.embedding(input_ids, self.weights.embedding)
         # What the last block adds to x, and the adapters' deltas of that: the next norm adds both on the way.
         block: torch.Tensor | None = None
         delta: Delta | None = None
-        last = len(self.weights.layers) - 1
+        active = x
+        # Prompts that begin here may read the values themselves, which are nowhere if qkv is planes.
+        planes = self.fresh_attention is None or attention.fixed is not None or attention.max_query == 1
         for index, layer in enumerate(self.weights.layers):
             sites = self._sites[index]
+            if index:
+                block, delta = self._sites[index - 1]["down"].begin(
+                    self.weights.layers[index - 1].down, active, lora.down
+                )
             normed, x = rms_norm(x, layer.input_norm, eps, block, delta)
-            qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
+            if planes and lora.qkv is None:
+                qkv = layer.qkv.begin(normed)
+            else:
+                qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
             attended = self._attend(index, qkv, positions, attention, cache)
             block, delta = sites["o"].begin(layer.o, attended, lora.o)
             normed, x = rms_norm(x, layer.post_norm, eps, block, delta)
             active = sites["gate_up"].silu_mul(layer.gate_up, normed, lora.gate_up)
-            if index == last:
-                return x + sites["down"].project(layer.down, active, lora.down)
-            block, delta = sites["down"].begin(layer.down, active, lora.down)
-        return x
+        return x, active
 
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
         """Last norm and language model head: hidden [R, hidden] of the rows that sample -> [R, vocab]."""
@@ -160,7 +193,7 @@ class Decoder:
         attention: AttentionBatch,
         cache: KvCache,
     ) -> torch.Tensor:
-        """Attention of layer `index`: qkv [T, q + 2 kv] -> [T, q]. Stores the step's keys and values."""
+        """Attention of layer `index`: qkv [T, q + 2 kv], or planes -> [T, q]. Stores the step's keys and values."""
         config, layer = self.config, self.weights.layers[index]
         layer_cache = cache.keys[index], cache.values[index]
         queries = rope_and_cache(
@@ -172,7 +205,10 @@ class Decoder:
             layer.qk_norms,
             config.rms_norm_eps,
         )
-        values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]
         window = config.layer_windows[index]
-        out = attend(queries, values, layer_cache, attention, self._scale, window, self.fresh_attention)
+        if qkv.dim() == 3:
+            out = paged_attention(queries, *layer_cache, attention, self._scale, window)
+        else:
+            values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]
+            out = attend(queries, values, layer_cache, attention, self._scale, window, self.fresh_attention)
         return out.view(out.shape[0], config.q_size)
