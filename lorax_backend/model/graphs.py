@@ -279,8 +279,7 @@ class DecodeGraphs:
         def forward() -> tuple[torch.Tensor, torch.Tensor]:
             ids = newest_ids(inputs.part("ids", size), inputs.part("pending", size), self._drawer.last_token)
             positions = inputs.part("positions", size)
-            hidden = self._decoder.forward(ids, positions, attention, lora, self._cache)
-            logits = self._decoder.logits(hidden, None)
+            hidden, logits = self._decoder.forward_with_logits(ids, positions, attention, lora, self._cache)
             self._drawer.draw(logits, inputs.part("control", size), inputs.part("slots", size))
             return hidden, logits
 
