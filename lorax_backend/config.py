@@ -129,8 +129,9 @@ class ServerConfig:
     attention: str = _option(
         "auto",
         "attention: triton on CUDA, torch on CPU; prompts that begin in a step may go through torch's flash attention "
-        "(torch_varlen) or flash-attn instead, if it passes a check at start; auto takes the fastest",
-        ("auto", "torch", "triton", "torch_varlen", "flash_attn"),
+        "(torch_varlen), its cuDNN attention (torch_cudnn, long ones alone) or flash-attn instead, if it passes a "
+        "check at start; auto takes the fastest",
+        ("auto", "torch", "triton", "torch_varlen", "torch_cudnn", "flash_attn"),
     )
     lora_kernels: str = _option(
         "auto", "LoRA kernels: triton on CUDA, torch on CPU", ("auto", "torch", "triton")

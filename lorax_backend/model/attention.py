@@ -1,9 +1,9 @@
 """Attention of a step: which kernel sees which rows.
 
 Rows over a cached context, decodes and chunks alike, go through `lorax_kernels.paged_attention`. Prompts that begin in
-this step (*fresh*: all their keys are the step's own) may go through another implementation that takes packed
-sequences of different lengths; `varlen` finds one and proves it. `BatchBuilder` puts the fresh sequences last, so that
-the parts of a mixed step are two runs of rows.
+this step (*fresh*: all their keys are the step's own) may go through another implementation: one that takes packed
+sequences of different lengths, or `LongPrompts`, which takes some of their rows. `varlen` finds one and proves it.
+`BatchBuilder` puts the fresh sequences last, so that the parts of a mixed step are two runs of rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lorax_backend.model.long_prompts import LongPrompts
 from lorax_kernels import AttentionBatch, paged_attention
 
 VarlenFunction = Callable[
@@ -22,6 +23,7 @@ VarlenFunction = Callable[
 """Causal attention of packed sequences: q [T, Hq, D], k and v [T, Hkv, D], first row of each sequence and T as int32
 [S + 1] on the device, length of the longest, factor of the scores, sliding window in tokens or None -> [T, Hq, D]. The
 last dimension of each is contiguous; k and v may have other strides."""
+FreshFunction = VarlenFunction | LongPrompts
 
 _PLAN = "fresh"
 
@@ -64,7 +66,7 @@ def attend(
     batch: AttentionBatch,
     scale: float,
     window: int | None,
-    varlen: VarlenFunction | None,
+    function: FreshFunction | None,
 ) -> torch.Tensor:
     """Causal attention of the step's rows, whose keys and values are in the cache already.
 
@@ -72,18 +74,23 @@ def attend(
         queries: [T, Hq, D].
         values: [T, Hkv, D], those of the step's rows, with any strides but a contiguous last dimension.
         cache: keys and values of the layer, each [N, block_size, Hkv, D].
-        varlen: for fresh sequences; None sends them through the paged kernel like all others.
+        function: for fresh sequences; None sends them through the paged kernel like all others. It takes no part in
+            what is captured as a graph.
 
     Returns:
         [T, Hq, D].
     """
-    fresh = fresh_rows(batch) if varlen is not None and batch.fixed is None else None
-    if varlen is None or fresh is None:
+    if function is None or batch.fixed is not None:
+        return paged_attention(queries, *cache, batch, scale, window)
+    if isinstance(function, LongPrompts):
+        return function.attend(queries, values, cache, batch, scale, window)
+    fresh = fresh_rows(batch)
+    if fresh is None:
         return paged_attention(queries, *cache, batch, scale, window)
     first = fresh.first_row
     # Keys were rotated on their way to the cache and are nowhere else.
     keys = cache[0].view(-1, *cache[0].shape[2:]).index_select(0, fresh.slots)
-    out = varlen(queries[first:], keys, values[first:], fresh.starts, fresh.longest, scale, window)
+    out = function(queries[first:], keys, values[first:], fresh.starts, fresh.longest, scale, window)
     if fresh.rest is None:
         return out
     return torch.cat((paged_attention(queries[:first], *cache, fresh.rest, scale, window), out))

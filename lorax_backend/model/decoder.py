@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lorax_backend.model.attention import VarlenFunction, attend
+from lorax_backend.model.attention import FreshFunction, attend
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.kv_cache import KvCache
 from lorax_backend.model.layers import Linear, doubled_rope, rope_tables
@@ -109,7 +109,7 @@ class Decoder:
             for index in range(config.num_layers)
         ]
         self._head_site = LoraSiteView(layout, adapter_pages, LM_HEAD)
-        self.fresh_attention: VarlenFunction | None = None
+        self.fresh_attention: FreshFunction | None = None
         """Computes the attention of prompts that begin in a step; None: the paged kernel does."""
 
     def forward(

@@ -8,8 +8,9 @@ import torch
 
 from lorax_backend.config import ServerConfig
 from lorax_backend.model.config import ModelConfig
+from lorax_backend.model.head_layout import HeadLayout
 from lorax_backend.model.limits import Limits
-from lorax_backend.model.varlen import FreshAttention, HeadLayout, choose
+from lorax_backend.model.varlen import FreshAttention, choose
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_backend.types import SamplingParams
 
@@ -50,7 +51,7 @@ def check_backends(config: ServerConfig, device: torch.device) -> None:
         )
     native = "triton" if device.type == "cuda" else "torch"
     # These are looked at more closely by `choose_attention`.
-    fresh = ("torch_varlen", "flash_attn") if device.type == "cuda" else ()
+    fresh = ("torch_varlen", "torch_cudnn", "flash_attn") if device.type == "cuda" else ()
     for option, value, others in (
         ("attention", config.attention, fresh),
         ("lora_kernels", config.lora_kernels, ()),

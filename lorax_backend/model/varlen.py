@@ -2,54 +2,49 @@
 
 A library that is installed may lack a feature of this model (a sliding window, grouped heads, the width of a head), be
 built for another GPU, or be slower than our own kernel. So none is used before it has given the right answer for this
-model's layout of heads, and where nobody asked for one by name, none that is not faster.
+model's layout of heads, and where nobody asked for one by name, none that is not faster. What makes plans for the
+shapes it is called with has made and tried them all before the first request.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import itertools
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from lorax_backend.model.attention import VarlenFunction, attend
-from lorax_kernels import AttentionBatch
+from lorax_backend.model.attention import FreshFunction
+from lorax_backend.model.fresh_case import FreshCase
+from lorax_backend.model.fresh_libraries import installed
+from lorax_backend.model.head_layout import HeadLayout
+from lorax_backend.model.long_prompts import LongPrompts, Shape
 
 log = logging.getLogger(__name__)
 
-Candidates = Mapping[str, Callable[[], VarlenFunction]]
-"""Loaders by name; a name may carry a version after a space. A loader raises ImportError if its library is missing."""
+Candidates = Mapping[str, Callable[[], FreshFunction]]
+"""Loaders by name, as `installed` returns them."""
 Timer = Callable[[Callable[[], object]], float]
 
 _CHECKED_LENGTHS: tuple[tuple[int, ...], ...] = ((1, 2, 17, 64), (130, 5, 333), (257,), (16,) * 9)
-_TIMED_LENGTHS: tuple[tuple[int, ...], ...] = ((512,), (2048,) * 4, (100, 900, 300, 1700))
+_CHECKED_LONG: tuple[tuple[int, ...], ...] = (
+    (1024,),
+    (40, 1027, 2, 1300),
+    (512,) * 4,
+    (600, 1024, 1024, 1025),
+)
+_TIMED_LENGTHS: tuple[tuple[int, ...], ...] = ((512,), (2048,), (2048,) * 4, (100, 900, 300, 1700))
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}  # of a sequence's norm
+_COMPANY = 4  # prompts of one length that are timed together
 _WORTHWHILE = 0.97  # share of our own kernel's time from which on another one is taken
 _REMEDIES = {
     "torch_varlen": "install torch 2.11 or later",
+    "torch_cudnn": "install torch 2.11 or later",
     "flash_attn": "install flash-attn for this GPU and this torch",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class HeadLayout:
-    """What of a model matters to its attention. `windows` are the sliding windows that its layers have, None for a
-    layer that sees everything."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int | None, ...]
-    dtype: torch.dtype
-    device: torch.device
-    block_size: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +52,7 @@ class FreshAttention:
     """What was chosen: `function` is None for our own paged kernel. `reason` is for people."""
 
     name: str
-    function: VarlenFunction | None
+    function: FreshFunction | None
     reason: str = ""
 
     @property
@@ -87,22 +82,26 @@ def choose(
     own = "torch" if layout.device.type == "cpu" else "triton"
     if wanted in ("triton", "torch"):
         return FreshAttention(own, None)
-    proven: dict[str, VarlenFunction] = {}
+    proven: dict[str, FreshFunction] = {}
     problems: dict[str, str] = {}
-    missing = True
+    notes: dict[str, str] = {}
+    timer, named, missing = timer or cuda_milliseconds, wanted != "auto", True
     for name, load in (installed() if candidates is None else candidates).items():
         if wanted not in ("auto", name.split()[0]):
             continue
         try:
             function = load()
             missing = False
+            if isinstance(function, LongPrompts):
+                function.fit(layout, max_tokens)
+                notes[name] = _try_shapes(function, layout, max_tokens, None if named else timer)
             _prove(function, layout)
         except Exception as error:  # a library that is not ours may raise anything
             problems[name] = str(error) or type(error).__name__
             log.info("attention: %s is not used: %s", name, problems[name])
         else:
             proven[name] = function
-    if wanted != "auto" and not proven:
+    if named and not proven:
         found = "; ".join(f"{name}: {problem}" for name, problem in problems.items()) or "it is unknown"
         raise ValueError(
             f"attention is {wanted}, which cannot be used here ({found}); use auto or {own}"
@@ -110,14 +109,16 @@ def choose(
         )
     if not proven:
         return FreshAttention(own, None)
-    choice = _fastest(own, proven, layout, max_tokens, timer or _cuda_milliseconds, wanted != "auto")
+    choice = _fastest(own, proven, layout, max_tokens, timer, named)
+    if choice.name in notes:
+        choice = replace(choice, reason=f"{choice.reason}; {notes[choice.name]}")
     log.info("attention of fresh prompts: %s", choice.description)
     return choice
 
 
 def _fastest(
     own: str,
-    proven: Mapping[str, VarlenFunction],
+    proven: Mapping[str, FreshFunction],
     layout: HeadLayout,
     max_tokens: int,
     timer: Timer,
@@ -135,12 +136,12 @@ def _fastest(
 
 
 def relative_times(
-    functions: Mapping[str, VarlenFunction], layout: HeadLayout, max_tokens: int, timer: Timer
+    functions: Mapping[str, FreshFunction], layout: HeadLayout, max_tokens: int, timer: Timer
 ) -> dict[str, float]:
     """Each function's time over that of our own kernel, as the geometric mean over shapes and windows."""
     logs: dict[str, list[float]] = {name: [] for name in functions}
     for seed, lengths in enumerate(_fitting(max_tokens)):
-        case = _Case.random(layout, lengths, seed)
+        case = FreshCase.random(layout, lengths, seed)
         for window in layout.windows:
             own = timer(lambda case=case, window=window: case.run(None, window))  # type: ignore[misc]
             for name, function in functions.items():
@@ -154,15 +155,16 @@ def _fitting(max_tokens: int) -> list[tuple[int, ...]]:
     return fitting or [(max(2, max_tokens),)]
 
 
-def _prove(function: VarlenFunction, layout: HeadLayout) -> None:
+def _prove(function: FreshFunction, layout: HeadLayout) -> None:
     """Compare with attention in float64.
 
     Raises:
         ValueError: some sequence's rows differ.
     """
     tolerance = _TOLERANCE[layout.dtype]
-    for seed, lengths in enumerate(_CHECKED_LENGTHS):
-        case = _Case.random(layout, lengths, seed)
+    checked = _CHECKED_LONG if isinstance(function, LongPrompts) else _CHECKED_LENGTHS
+    for seed, lengths in enumerate(checked):
+        case = FreshCase.random(layout, lengths, seed)
         for window in dict.fromkeys((*layout.windows, *(7 for w in layout.windows if w is not None))):
             got, want = case.run(function, window).double(), case.expected(window)
             first = 0
@@ -177,75 +179,16 @@ def _prove(function: VarlenFunction, layout: HeadLayout) -> None:
                 first += length
 
 
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """A step of fresh prompts: queries, and values as a part of a wider row, as the model has them."""
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    cache: tuple[torch.Tensor, torch.Tensor]
-    batch: AttentionBatch
-    scale: float
-
-    @classmethod
-    def random(cls, layout: HeadLayout, lengths: Sequence[int], seed: int) -> _Case:
-        rng = np.random.default_rng(seed)
-        generator = torch.Generator(device=layout.device).manual_seed(seed)
-        total, size = sum(lengths), layout.block_size
-        shape = (total, layout.num_heads + 2 * layout.num_kv_heads, layout.head_dim)
-        rows = torch.randn(shape, generator=generator, dtype=torch.float32, device=layout.device)
-        q, k, v = rows.to(layout.dtype).split(
-            (layout.num_heads, layout.num_kv_heads, layout.num_kv_heads), dim=1
-        )
-        widths = [-(-length // size) for length in lengths]
-        order = rng.permutation(sum(widths)).astype(np.int32)
-        tables = np.zeros((len(lengths), max(widths)), dtype=np.int32)
-        slots, at = [], 0
-        for row, (length, width) in enumerate(zip(lengths, widths, strict=True)):
-            tables[row, :width] = order[at : at + width]
-            at += width
-            position = np.arange(length)
-            slots.append(tables[row, position // size].astype(np.int64) * size + position % size)
-        starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        mapping = np.concatenate(slots)
-        cached = (sum(widths), size, layout.num_kv_heads, layout.head_dim)
-        cache = torch.zeros((2, *cached), dtype=layout.dtype, device=layout.device)
-        index = torch.from_numpy(mapping).to(layout.device)
-        for store, part in zip(cache, (k, v), strict=True):
-            store.view(-1, *cached[2:]).index_copy_(0, index, part.contiguous())
-        batch = AttentionBatch.build(starts, np.diff(starts), tables, mapping, layout.device)
-        return cls(q.contiguous(), k, v, (cache[0], cache[1]), batch, layout.head_dim**-0.5)
-
-    def run(self, function: VarlenFunction | None, window: int | None) -> torch.Tensor:
-        return attend(self.queries, self.values, self.cache, self.batch, self.scale, window, function)
-
-    def expected(self, window: int | None) -> torch.Tensor:
-        """Causal attention in float64, sequence by sequence."""
-        group = self.queries.shape[1] // self.keys.shape[1]
-        parts = []
-        starts = self.batch.query_start_host.tolist()
-        for first, last in itertools.pairwise(starts):
-            q = self.queries[first:last].double()
-            k = self.keys[first:last].double().repeat_interleave(group, 1)
-            v = self.values[first:last].double().repeat_interleave(group, 1)
-            scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
-            position = torch.arange(last - first, device=q.device)
-            seen = position <= position[:, None]
-            if window is not None:
-                seen &= position > position[:, None] - window
-            scores.masked_fill_(~seen, float("-inf"))
-            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
-        return torch.cat(parts)
-
-
-def _cuda_milliseconds(call: Callable[[], object], repeats: int = 7) -> float:
+def cuda_milliseconds(call: Callable[[], object], repeats: int = 7) -> float:
     """Median time of a call on the device, after two to warm up."""
+    filler = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     for _ in range(2):
         call()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(4):
+            filler.zero_()  # keeps the device busy until the host is ahead of it, as it is in a large step
         start.record()
         call()
         end.record()
@@ -254,76 +197,47 @@ def _cuda_milliseconds(call: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def installed() -> Candidates:
-    """What this process may find: torch's own, and flash-attn in the forms it is published in."""
-    return {
-        "torch_varlen": load_torch_varlen,
-        "flash_attn 4": lambda: adapt(_imported("flash_attn.cute")),
-        "flash_attn 3": lambda: adapt(_imported("flash_attn_interface")),
-        "flash_attn 2": lambda: adapt(_imported("flash_attn")),
-    }
-
-
-def _imported(module: str) -> Callable[..., Any]:
-    function: Callable[..., Any] | None = getattr(
-        importlib.import_module(module), "flash_attn_varlen_func", None
-    )
-    if function is None:
-        raise ImportError(f"{module} has no flash_attn_varlen_func")
-    return function
-
-
-def load_torch_varlen() -> VarlenFunction:
-    """torch's built-in flash attention.
+def _try_shapes(function: LongPrompts, layout: HeadLayout, max_tokens: int, timer: Timer | None) -> str:
+    """Run every shape once, which makes its plan, and keep those that give what our own kernel gives and, if there is
+    a `timer`, are faster than it. What was done, in words.
 
     Raises:
-        ImportError: this torch has none, or one that cannot be told where a causal window begins (before 2.11).
+        ValueError: none is kept.
     """
-    module = importlib.import_module("torch.nn.attention.varlen")
-    return adapt_torch(module.varlen_attn)
+    begun, wanted = time.monotonic(), function.shapes
+    kept: set[Shape] = set()
+    problem = ""
+    for shape in sorted(wanted):
+        function.keep(frozenset({shape}))
+        try:
+            if _is_worthwhile(function, shape, layout, max_tokens, timer):
+                kept.add(shape)
+        except Exception as error:  # cuDNN may have no plan for one shape and have it for the next
+            problem = f"{shape[0]} x {shape[1]} tokens: {error}"
+            log.info("attention: torch_cudnn is not used for %s", problem)
+    if not kept:
+        raise ValueError(f"none of {len(wanted)} shapes passes" + f"; {problem}" * bool(problem))
+    function.keep(frozenset(kept))
+    return f"{len(kept)} of {len(wanted)} shapes in {time.monotonic() - begun:.1f} s"
 
 
-def adapt_torch(function: Callable[..., Any]) -> VarlenFunction:
-    """`torch.nn.attention.varlen.varlen_attn` of any torch from 2.11 on, whose parameters differ: later ones want to
-    be told of grouped heads."""
-    names = inspect.signature(function).parameters
-    if "window_size" not in names:
-        raise ImportError(f"varlen_attn of torch {torch.__version__} has no window_size")
-    grouped = {"enable_gqa": True} if "enable_gqa" in names else {}
+def _is_worthwhile(
+    function: LongPrompts, shape: Shape, layout: HeadLayout, max_tokens: int, timer: Timer | None
+) -> bool:
+    """Whether the one shape that `function` has is as right as our own kernel, and faster.
 
-    def run(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float,
-        window: int | None,
-    ) -> torch.Tensor:  # fmt: skip
-        # The length is that of the longest sequence on both sides, since queries and keys are the same rows.
-        out: torch.Tensor = function(
-            q, k, v, starts, starts, longest, longest,
-            scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped,
-        )  # fmt: skip
-        return out
-
-    return run
-
-
-def adapt(function: Callable[..., Any]) -> VarlenFunction:
-    """`flash_attn_varlen_func` of any flash-attn: 4 wants no lengths, 3 and 4 may return the log-sum-exp too."""
-    names = inspect.signature(function).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
-
-    def run(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int, scale: float,
-        window: int | None,
-    ) -> torch.Tensor:  # fmt: skip
-        given: dict[str, Any] = {
-            "cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest,
-            "softmax_scale": scale, "causal": True,
-        }  # fmt: skip
-        if window is not None:
-            given["window_size"] = (window - 1, 0)
-        out = function(
-            q, k, v, **{name: value for name, value in given.items() if takes_all or name in names}
-        )
-        first: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return first
-
-    return run
+    Raises:
+        ValueError: its numbers are others.
+    """
+    count, length = shape
+    # Prompts that go one by one have company: alone, they would leave our own kernel a part of the device.
+    company = max(1, min(_COMPANY, max_tokens // length)) if count == 1 else count
+    case = FreshCase.random(layout, (length,) * company, seed=length)
+    got, want = case.run(function, None).float(), case.run(None, None).float()
+    error = float((got - want).norm() / want.norm())
+    if not error <= 2 * _TOLERANCE[layout.dtype]:  # each may be off by as much
+        raise ValueError(f"off by {error:.2g} from our own")
+    if timer is None:
+        return True
+    own = timer(lambda: case.run(None, None))
+    return timer(lambda: case.run(function, None)) < _WORTHWHILE * own

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from model_driver import ModelDriver
 
 from lorax_backend.model.attention import fresh_rows
-from lorax_backend.model.varlen import HeadLayout, adapt, adapt_torch, choose, installed
+from lorax_backend.model.fresh_libraries import adapt, adapt_torch, installed
+from lorax_backend.model.head_layout import HeadLayout
+from lorax_backend.model.varlen import choose
 from lorax_kernels import AttentionBatch
 
 LAYOUT = HeadLayout(6, 2, 16, (None,), torch.float32, torch.device("cpu"))
