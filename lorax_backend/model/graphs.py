@@ -160,6 +160,7 @@ class DecodeGraphs:
         self._decoder, self._cache, self._builder, self._drawer = decoder, cache, builder, drawer
         max_pages = builder.arena.max_pages_per_slot
         self._inputs = _Inputs(self.sizes, builder.max_blocks, max_pages, builder.device)
+        self._slots = {size: self._inputs.part("slots", size) for size in self.sizes}
         self._listed: tuple[bytes, ...] = ()
         self._last_work: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self._graphs: dict[tuple[int, bool], Recorded] = {}
@@ -200,7 +201,7 @@ class DecodeGraphs:
         recorded = self._graphs[size, with_lora]
         recorded.replay()
         hidden, logits = recorded.outputs
-        return hidden[:count], logits[:count], self._inputs.part("slots", size)[:count]
+        return hidden[:count], logits[:count], self._slots[size][:count]
 
     def _fill(self, host: _Host, items: list[ScheduledSequence], drawing: Drawing) -> None:
         builder, count, parts = self._builder, len(items), host.parts
