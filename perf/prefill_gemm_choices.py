@@ -32,7 +32,6 @@ WORKER = (sys.executable, __file__)
 _SAMPLE = 64
 _CHECK_ROWS, _CHECK_COLUMNS = 1000, 2160  # both with a tile at the edge
 _WIDE = PrefillConfig(kernel="triton")
-_SPECIAL = replace(_WIDE, warps=4, flatten=False, specialize=True, stacked=False)
 _SILU = replace(_WIDE, block_n=128, stages=4)
 
 
@@ -56,14 +55,10 @@ def configs(silu: bool) -> list[PrefillConfig]:
             replace(_SILU, stages=3),
             replace(_SILU, flatten=False),
             replace(_SILU, flatten=False, programs=0),
-            replace(_SILU, stacked=False),
             replace(_SILU, block_k=128, stages=2),
             replace(_SILU, block_m=256, block_n=64, group=8),
             replace(_SILU, block_n=64, stages=3, warps=4, programs=2),
             replace(_SILU, block_n=64, stages=3, warps=4, programs=2, flatten=False),
-            replace(_SPECIAL, block_n=128, stages=4),
-            replace(_SPECIAL, block_n=128, stages=4, group=16),
-            replace(_SPECIAL, block_n=128, stages=3),
         ]
     return [
         _WIDE,
@@ -79,9 +74,6 @@ def configs(silu: bool) -> list[PrefillConfig]:
         replace(_WIDE, block_m=256, block_n=128, stages=4, parts=2),
         replace(_WIDE, block_n=128, stages=3, warps=4, parts=2, programs=2),
         replace(_WIDE, block_n=128, stages=3, warps=4, parts=2, programs=2, flatten=False),
-        _SPECIAL,
-        replace(_SPECIAL, group=16),
-        replace(_SPECIAL, block_m=256, block_n=128),
     ]
 
 
@@ -97,8 +89,6 @@ def shown(config: PrefillConfig, silu: bool) -> str:
              f"s{config.stages}", f"w{config.warps}", f"g{config.group}", f"p{config.programs}"]  # fmt: skip
     words += [f"/{config.parts}"] if config.parts > 1 else []
     words += ["flat"] if config.flatten else []
-    words += ["special"] if config.specialize else []
-    words += ["two"] if silu and not config.stacked else []
     return " ".join(words)
 
 

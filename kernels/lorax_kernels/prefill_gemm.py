@@ -8,10 +8,8 @@ product, as `skinny_gemm.linear` launches it. See `prefill_gemm_kernels` for how
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorax_kernels.prefill_gemm_kernels import prefill_gemm_kernel, prefill_silu_kernel
@@ -55,20 +53,16 @@ def prefill_linear(
     (tokens, width), columns = x.shape, weight.shape[0]
     out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    if config.specialize:
-        triton.set_allocator(_scratch)
-        given: tuple[Any, ...] = (x, weight, out)
-    else:
-        given = (
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k]),
-            TensorDescriptor(weight, [columns, width], [width, 1], [block_n, block_k]),
-            TensorDescriptor(out, [tokens, columns], [columns, 1], [block_m, block_n // config.parts]),
-        )
+    given = (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k]),
+        TensorDescriptor(weight, [columns, width], [width, 1], [block_n, block_k]),
+        TensorDescriptor(out, [tokens, columns], [columns, 1], [block_m, block_n // config.parts]),
+    )
     tiles = cdiv(tokens, block_m) * cdiv(columns, block_n)
     prefill_gemm_kernel[(_programs(tiles, config, x),)](
-        *given, bias if bias is not None else x, tokens, columns, x.stride(0), K=width, BLOCK_M=block_m,
+        *given, bias if bias is not None else x, tokens, columns, K=width, BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_K=block_k, GROUP=config.group, PARTS=config.parts, FLATTEN=config.flatten,
-        SPECIALIZE=config.specialize, HAS_BIAS=bias is not None, num_warps=config.warps, num_stages=config.stages,
+        HAS_BIAS=bias is not None, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
 
@@ -92,20 +86,15 @@ def prefill_linear_silu(x: torch.Tensor, weight: torch.Tensor, config: PrefillCo
     (tokens, width), columns = x.shape, weight.shape[0] // 2
     out = torch.empty(tokens, columns, dtype=x.dtype, device=x.device)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    if config.specialize:
-        triton.set_allocator(_scratch)
-        given: tuple[Any, ...] = (x, weight, out)
-    else:
-        halves = 2 if config.stacked else 1
-        given = (
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k]),
-            TensorDescriptor(weight, [2, columns, width], [columns * width, width, 1], [halves, block_n, block_k]),
-            TensorDescriptor(out, [tokens, columns], [columns, 1], [block_m, block_n]),
-        )  # fmt: skip
+    given = (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k]),
+        TensorDescriptor(weight, [2, columns, width], [columns * width, width, 1], [2, block_n, block_k]),
+        TensorDescriptor(out, [tokens, columns], [columns, 1], [block_m, block_n]),
+    )  # fmt: skip
     tiles = cdiv(tokens, block_m) * cdiv(columns, block_n)
     prefill_silu_kernel[(_programs(tiles, config, x),)](
-        *given, tokens, columns, x.stride(0), K=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        GROUP=config.group, STACKED=config.stacked, FLATTEN=config.flatten, SPECIALIZE=config.specialize,
+        *given, tokens, columns, K=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        GROUP=config.group, FLATTEN=config.flatten,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
@@ -126,11 +115,6 @@ def _num_sms(index: int | None) -> int:
     if index is None:
         return _INTERPRETER_SMS
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Memory in which a launch makes its descriptors; torch's allocations are aligned to more than they need."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor, silu: bool = False) -> bool:

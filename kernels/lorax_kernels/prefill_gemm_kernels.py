@@ -2,8 +2,7 @@
 
 Tiles come by TMA (tensor descriptors) and are multiplied by warp groups straight from shared memory. What lies beyond
 the edge of x, the weight or the result is read as zeros and not written, which TMA does by itself. A program goes from
-tile to tile of the result; with `FLATTEN` the first reads of a tile run beside the end of the one before. With
-`SPECIALIZE` a warp group of its own does all reads, and always runs ahead of those that multiply.
+tile to tile of the result; with `FLATTEN` the first reads of a tile run beside the end of the one before.
 
 Sums go along the inner dimension in the order in which it lies, in float32, and are rounded once: a row's result
 depends neither on the other rows nor on the sizes of tiles.
@@ -36,26 +35,15 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=("tokens", "columns"))
 def prefill_gemm_kernel(
-    x, weight, out, bias_ptr, tokens, columns, stride_x,
+    x_desc, w_desc, out_desc, bias_ptr, tokens, columns,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, K] times the weight [columns, K]; the result is written in `PARTS` (1 or 2) pieces a tile. With
-    `SPECIALIZE` x, weight and out are pointers, else tensor descriptors."""
-    if SPECIALIZE:
-        # The compiler divides a tile among warp groups, and only descriptors made here can follow.
-        x_desc = tl.make_tensor_descriptor(x, [tokens, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
-        w_desc = tl.make_tensor_descriptor(weight, [columns, K], [K, 1], [BLOCK_N, BLOCK_K])
-        out_desc = tl.make_tensor_descriptor(
-            out, [tokens, columns], [columns, 1], [BLOCK_M, BLOCK_N // PARTS]
-        )
-    else:
-        x_desc, w_desc, out_desc = x, weight, out
+    """x [tokens, K] times the weight [columns, K], all tensor descriptors; the result is written in `PARTS` (1 or 2)
+    pieces a tile."""
     num_m, num_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    for tile in tl.range(
-        tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = _place(tile, num_m, num_n, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(STEPS):
@@ -75,46 +63,25 @@ def prefill_gemm_kernel(
 
 @triton.jit(do_not_specialize=("tokens", "columns"))
 def prefill_silu_kernel(
-    x, weight, out, tokens, columns, stride_x,
+    x_desc, w_desc, out_desc, tokens, columns,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    STACKED: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of x [tokens, K] times the weight [2, columns, K], gate first.
+    """silu(gate) * up of x [tokens, K] times the weight [2, columns, K], gate first, all tensor descriptors.
 
-    A tile is BLOCK_N columns of gate and the same of up. If `STACKED` their weights lie below each other in shared
-    memory and are one product, else two. With `SPECIALIZE` x, weight and out are pointers, else tensor descriptors.
+    A tile is BLOCK_N columns of gate and the same of up, whose weights lie below each other in shared memory and are
+    one product.
     """
-    HALVES: tl.constexpr = 2 if STACKED else 1
-    if SPECIALIZE:
-        x_desc = tl.make_tensor_descriptor(x, [tokens, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
-        w_desc = tl.make_tensor_descriptor(
-            weight, [2, columns, K], [columns.to(tl.int64) * K, K, 1], [HALVES, BLOCK_N, BLOCK_K]
-        )
-        out_desc = tl.make_tensor_descriptor(out, [tokens, columns], [columns, 1], [BLOCK_M, BLOCK_N])
-    else:
-        x_desc, w_desc, out_desc = x, weight, out
     num_m, num_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    for tile in tl.range(
-        tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = _place(tile, num_m, num_n, GROUP)
-        if STACKED:
-            both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
-            for step in range(STEPS):
-                a = x_desc.load([tile_m * BLOCK_M, step * BLOCK_K])
-                w = tl.reshape(w_desc.load([0, tile_n * BLOCK_N, step * BLOCK_K]), (2 * BLOCK_N, BLOCK_K))
-                both = tl.dot(a, w.T, both, input_precision="ieee")
-            gate, up = _halves(both, BLOCK_M, 2 * BLOCK_N)
-        else:
-            gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for step in range(STEPS):
-                a = x_desc.load([tile_m * BLOCK_M, step * BLOCK_K])
-                w_gate = tl.reshape(w_desc.load([0, tile_n * BLOCK_N, step * BLOCK_K]), (BLOCK_N, BLOCK_K))
-                w_up = tl.reshape(w_desc.load([1, tile_n * BLOCK_N, step * BLOCK_K]), (BLOCK_N, BLOCK_K))
-                gate = tl.dot(a, w_gate.T, gate, input_precision="ieee")
-                up = tl.dot(a, w_up.T, up, input_precision="ieee")
+        both = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
+        for step in range(STEPS):
+            a = x_desc.load([tile_m * BLOCK_M, step * BLOCK_K])
+            w = tl.reshape(w_desc.load([0, tile_n * BLOCK_N, step * BLOCK_K]), (2 * BLOCK_N, BLOCK_K))
+            both = tl.dot(a, w.T, both, input_precision="ieee")
+        gate, up = _halves(both, BLOCK_M, 2 * BLOCK_N)
         # Rounded where the product alone would be, so that both ways give the same numbers.
         active = silu_mul_block(gate.to(out_desc.dtype), up.to(out_desc.dtype))
         out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], active)

@@ -152,8 +152,8 @@ class PrefillConfig:
 
     A tile is `block_m` rows and `block_n` columns of the result, with `stages` reads of `block_k` on their way;
     `group` rows of tiles are gone through together. There are `programs` programs a multiprocessor, each of which goes
-    from tile to tile, or one a tile with 0. See `prefill_gemm_kernels` for `parts`, `flatten`, `specialize` and
-    `stacked`; before SiLU and multiplication `block_n` counts the columns of gate.
+    from tile to tile, or one a tile with 0. See `prefill_gemm_kernels` for `parts` and `flatten`; before SiLU and
+    multiplication `block_n` counts the columns of gate.
     """
 
     kernel: str = "blas"
@@ -166,8 +166,6 @@ class PrefillConfig:
     programs: int = 1
     parts: int = 1
     flatten: bool = True
-    specialize: bool = False
-    stacked: bool = True
 
 
 @functools.cache
@@ -228,6 +226,14 @@ def prefill_config(
     nearest = max((rows for rows in sizes if rows <= num_tokens), default=0)
     default = DEFAULT_PREFILL_SILU if silu else DEFAULT_PREFILL
     return _choose({nearest: sizes[nearest]} if nearest else {}, "prefill", default, num_tokens)
+
+
+def prefill_rows(device: int | None) -> list[int]:
+    """Numbers of rows from which `prefill_config` has another entry for some shape."""
+    if device is None:
+        return []
+    tables = (_prefill_table(device, silu) for silu in (False, True))
+    return sorted({rows for table in tables for sizes in table.values() for rows in sizes})
 
 
 def forget_configs() -> None:

@@ -21,12 +21,12 @@ from lorax_backend.model.decoder import Decoder, LoraBatches
 from lorax_backend.model.greedy import Drawing, GreedyDrawer
 from lorax_backend.model.kv_cache import KvCache
 from lorax_backend.model.recorder import GraphRecorder, Recorded
+from lorax_backend.model.warm_up import warm_up_prefill
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence
-from lorax_kernels import PAGE_RANK, AttentionBatch, LoraBatch, WorkBuffer
+from lorax_kernels import AttentionBatch, LoraBatch, WorkBuffer
 from lorax_kernels.greedy import NOTHING, newest_ids
 
 _COPIES = 4  # host buffers in turn: more than the steps that can be in flight
-_PREFILL_WARM_UP_TOKENS = (1, 17, 200, 300)
 
 
 def graph_sizes(max_num_seqs: int, limit: int = 256) -> tuple[int, ...]:
@@ -164,7 +164,7 @@ class DecodeGraphs:
         self._listed: tuple[bytes, ...] = ()
         self._last_work: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self._graphs: dict[tuple[int, bool], Recorded] = {}
-        self._warm_up_prefill()
+        warm_up_prefill(decoder, builder, cache)
         for done, size in enumerate(reversed(self.sizes)):
             report(f"capturing decode graphs, {done + 1} of {len(self.sizes)}")
             for with_lora in (True, False):
@@ -285,27 +285,3 @@ class DecodeGraphs:
             return hidden, logits
 
         return recorder.record(forward)
-
-    def _warm_up_prefill(self) -> None:
-        """Compile the kernels of steps that are not graphs, so that no request waits for a compiler."""
-        builder = self._builder
-        for tokens in _PREFILL_WARM_UP_TOKENS:
-            starts = np.array([0, tokens], dtype=np.int32)
-            attention = AttentionBatch.build(
-                starts,
-                np.array([tokens], dtype=np.int32),
-                np.zeros((1, builder.max_blocks), dtype=np.int32),
-                np.full(tokens, -1, dtype=np.int64),
-                builder.device,
-            )
-            ids = torch.zeros(tokens, dtype=torch.int32, device=builder.device)
-            work = LoraBatch.build(
-                np.zeros(tokens, dtype=np.int32),
-                np.zeros((1, builder.arena.max_pages_per_slot), dtype=np.int32),
-                np.full(1, PAGE_RANK * min(2, builder.arena.max_pages_per_slot), dtype=np.int32),
-                builder.device,
-            )
-            hidden = self._decoder.forward(
-                ids, ids, attention, LoraBatches(work, work, work, work), self._cache
-            )
-            self._decoder.logits(hidden, work)

@@ -19,7 +19,6 @@ CONFIGS = {
     "from tile to tile": SMALL,
     "a program a tile": replace(SMALL, programs=0, flatten=False, group=8),
     "in two parts": replace(SMALL, block_m=32, parts=2),
-    "specialized": replace(SMALL, specialize=True, flatten=False, stacked=False),
 }
 
 

@@ -1,0 +1,48 @@
+"""Kernels compiled at start, so that no request waits for a compiler while all others wait with it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lorax_backend.model.batch import BatchBuilder
+from lorax_backend.model.decoder import Decoder, LoraBatches
+from lorax_backend.model.kv_cache import KvCache
+from lorax_kernels import PAGE_RANK, AttentionBatch, LoraBatch
+from lorax_kernels.tuning import prefill_rows
+
+_TOKENS = (1, 17, 200, 300)
+
+
+def warm_up_prefill(decoder: Decoder, builder: BatchBuilder, cache: KvCache) -> None:
+    """Run what steps with prompts run that are no graphs; nothing is written to the cache."""
+    device = builder.device
+    for tokens in _TOKENS:
+        attention = AttentionBatch.build(
+            np.array([0, tokens], dtype=np.int32),
+            np.array([tokens], dtype=np.int32),
+            np.zeros((1, builder.max_blocks), dtype=np.int32),
+            np.full(tokens, -1, dtype=np.int64),
+            device,
+        )
+        ids = torch.zeros(tokens, dtype=torch.int32, device=device)
+        work = LoraBatch.build(
+            np.zeros(tokens, dtype=np.int32),
+            np.zeros((1, builder.arena.max_pages_per_slot), dtype=np.int32),
+            np.full(1, PAGE_RANK * min(2, builder.arena.max_pages_per_slot), dtype=np.int32),
+            device,
+        )
+        hidden = decoder.forward(ids, ids, attention, LoraBatches(work, work, work, work), cache)
+        decoder.logits(hidden, work)
+    if device.type == "cuda":
+        _warm_up_products(decoder, device)
+
+
+def _warm_up_products(decoder: Decoder, device: torch.device) -> None:
+    """A layer's products of as many rows as the tables of this device tell apart."""
+    layer = decoder.weights.layers[0]
+    for rows in prefill_rows(device.index):
+        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            if linear.weight is not None:
+                x = torch.zeros(rows, linear.weight.shape[1], dtype=linear.weight.dtype, device=device)
+                linear.silu_mul(x) if linear is layer.gate_up else linear(x)
