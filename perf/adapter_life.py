@@ -42,7 +42,7 @@ from adapter_life_engine import Driver, Load
 from adapter_life_hub import local_hub
 from adapter_life_report import JUDGED_MODEL, Row, as_dicts, table
 from adapter_life_soak import SoakPlan, soak
-from adapter_life_workloads import CPU_SIZES, WORKLOADS, Fleet, Outcome, Sizes
+from adapter_life_workloads import CPU_SIZES, PLACES, WORKLOADS, Fleet, Outcome, Sizes
 from environment import environment
 from gpu_models import SHAPES, write_adapters, write_model
 from peers import GOAL_MISSED
@@ -126,7 +126,7 @@ class Bench:
             max_total_tokens=2048,
             max_batch_size=128,
             # On a CPU the cache's memory becomes the process's when it is first written; a small one soon is.
-            num_blocks=0 if self.cuda else CPU_BLOCKS,
+            num_blocks=self.args.num_blocks if self.cuda else CPU_BLOCKS,
             cuda_memory_fraction=self.args.memory_fraction,
             max_active_adapters=ON_DEVICE,
             adapter_pages=ON_DEVICE * pages,
@@ -156,7 +156,7 @@ def _on_cuda(device: str) -> bool:
 def run(bench: Bench, names: list[str], report: dict[str, Any]) -> Iterator[tuple[str, Outcome]]:
     """The workloads one after the other; one that fails costs the others nothing."""
     judged = bench.cuda and bench.args.model == JUDGED_MODEL
-    sizes = Sizes() if bench.cuda else CPU_SIZES
+    sizes = replace(Sizes() if bench.cuda else CPU_SIZES, places=bench.args.places)
     if bench.args.rate:
         sizes = replace(sizes, churn_requests=tuple((r, 400 if r > 6 else 240) for r in bench.args.rate))
     for name in names:
@@ -228,6 +228,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--memory-fraction", type=float, default=0.9, help="of the GPU, for the engine; less beside others"
+    )
+    parser.add_argument(
+        "--num-blocks", type=int, default=0, help="of the KV cache on CUDA; 0: what is left of that"
+    )
+    parser.add_argument(
+        "--places", type=lambda text: tuple(text.split(",")), default=PLACES, help="of the tiers workload"
     )
     parser.add_argument(
         "--hub-delay-ms", type=float, default=50.0, help="before each answer of the local hub"

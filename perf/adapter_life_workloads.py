@@ -32,6 +32,7 @@ from adapter_life_report import (
 from lorax_backend.types import AdapterRef
 
 WEIGHTS = "adapter_model.safetensors"
+PLACES = ("base", "device", "host", "page cache", "cold disk", "hub", "ram disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Sizes:
     victims: int = 8
     victim_rate: float = 0.5
     repeats: int = 8
+    places: tuple[str, ...] = PLACES
     streams: int = 16
     stall_tokens: int = 400
     newcomers: int = 16
@@ -205,6 +207,8 @@ def tiers(driver: Driver, fleet: Fleet, sizes: Sizes, judged: bool) -> Outcome:
     for _ in range(2):
         driver.one(Load(0.0, adapter, 128, 4))
     for place, prepare in places.items():
+        if place not in sizes.places:
+            continue
         records = []
         for _ in range(sizes.repeats):
             ref = prepare()
@@ -219,7 +223,8 @@ def tiers(driver: Driver, fleet: Fleet, sizes: Sizes, judged: bool) -> Outcome:
             goal = statistics.median(reading) + COLD_DISK_EXTRA_MS
         outcome.rows.append(Row("tiers, idle engine", f"ttft {place}", statistics.median(times), vllm, goal))
         outcome.details[place] = {"median": statistics.median(times), "min": min(times), "max": max(times)}
-    outcome.details["reading the cold file"] = {"median": statistics.median(reading)}
+    if reading:
+        outcome.details["reading the cold file"] = {"median": statistics.median(reading)}
     return outcome
 
 

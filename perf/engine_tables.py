@@ -98,6 +98,7 @@ def opened(args: argparse.Namespace, adapters: int, arena: int, streams: int) ->
             adapter_pages=max(8, -(-args.rank // 8) * arena + 8),
             adapter_host_bytes=host_bytes(names, args.host_gib),
             prefix_caching=False,
+            num_blocks=args.num_blocks,
         )
         with EngineAlone(config, model, Path(folder) / "steps") as engine:
             print(
@@ -271,6 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--registered", type=ints, default=list(SWEEP_REGISTERED))
     parser.add_argument("--arena", type=int, default=128, help="adapters the device holds in the sweep [128]")
     parser.add_argument("--host-gib", type=float, default=3.0, help="most host memory for adapters [3]")
+    parser.add_argument("--num-blocks", type=int, default=0, help="of the KV cache; 0: what is left [0]")
     parser.add_argument("--max-total-tokens", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
     args = parser.parse_args(argv)
