@@ -63,8 +63,10 @@ SERVED = Source(
 )
 LIFE = Source("Adapters coming and going: 200 of them, 32 on the GPU, 64 in host memory; ms",
               ("adapter_life-llama3-8b-h100.json",), "rows")  # fmt: skip
+CHURN = Source("Adapters coming and going: requests at random times, adapters by Zipf(1.0); ms",
+               ("adapter_churn-llama3-8b-h100.json",), "rows")  # fmt: skip
 SOAK = Source("Ten minutes with 2,000 adapters", ("adapter_soak-llama3-8b-h100.json",), "rows")
-SOURCES = (DECODE_8B, DECODE_1B, PREFILL, KERNELS, SWEEP, SERVED, LIFE, SOAK)
+SOURCES = (DECODE_8B, DECODE_1B, PREFILL, KERNELS, SWEEP, SERVED, CHURN, LIFE, SOAK)
 _MAKE = {"decode": decode_table, "prefill": prefill_table, "lora": kernel_table, "sweep": sweep_table,
          "verdicts": served_table, "rows": life_table}  # fmt: skip
 # What perf/gpu_all.py leaves, by the name it is kept under.
