@@ -350,6 +350,13 @@ def tile_rows(num_decodes: int, head_dim: int, dtype: torch.dtype, device: int |
 def list_tiles(prefills: Iterable[tuple[int, int, int, int]], group: int, block_m: int) -> IntArray:
     """int32 [tiles, 2]: sequence and first packed row of every tile of `AttentionBatch.prefills`, the ones with most
     keys first."""
+    prefills = list(prefills)
+    if len(prefills) == 1 and group <= block_m:  # each tile sees more keys than the one before
+        ((i, _, count, _),) = prefills
+        starts = np.arange(0, count * group, block_m, dtype=np.int32)[::-1]
+        tiles = np.full((starts.size, 2), i, dtype=np.int32)
+        tiles[:, 1] = starts
+        return tiles
     listed = []
     for i, _, count, context in prefills:
         starts = np.arange(0, count * group, block_m, dtype=np.int64)

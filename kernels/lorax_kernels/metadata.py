@@ -15,9 +15,11 @@ import numpy.typing as npt
 import torch
 
 from lorax_kernels.layout import PAGE_RANK
-from lorax_kernels.worklist import LoraWork, WorkBuffer, build_work
+from lorax_kernels.work_listing import build_work, build_work_of_one
+from lorax_kernels.worklist import LoraWork, WorkBuffer
 
 IntArray = npt.NDArray[np.int32]
+_TOO_FEW_PAGES = "slot_pages: an adapter slot in use has fewer pages than its rank needs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,41 @@ class LoraBatch:
             ValueError: a slot in use has a rank but not the pages for it.
         """
         token_slots = np.asarray(token_slots)
+        slot = int(token_slots.max(initial=-1))
+        if slot >= 0 and slot_ranks[slot] > 0:
+            rows = np.flatnonzero(token_slots == slot)
+            if rows.size == np.count_nonzero(token_slots >= 0):
+                pages = _pages_of(slot, slot_pages, slot_ranks)
+                return cls._of_one(token_slots.size, rows.astype(np.int32), (slot, pages), device, buffer)
+        return cls._of_many(token_slots, slot_pages, slot_ranks, device, buffer)
+
+    @classmethod
+    def _of_one(
+        cls,
+        num_tokens: int,
+        rows: IntArray,
+        adapter: tuple[int, IntArray],
+        device: torch.device | str,
+        buffer: WorkBuffer | None,
+    ) -> LoraBatch:
+        """What `_of_many` makes of `rows` of a single adapter (its slot and pages), in a fifth of the time: a prompt
+        that finds the engine idle waits for all of it."""
+        slot, pages = adapter
+        batch = cls(num_tokens, rows, (LoraSegment(slot, 0, rows.size, tuple(pages.tolist())),))
+        if buffer is not None or torch.device(device).type != "cpu":
+            batch.work = build_work_of_one(num_tokens, rows, pages, device, buffer)
+        return batch
+
+    @classmethod
+    def _of_many(
+        cls,
+        token_slots: IntArray,
+        slot_pages: IntArray,
+        slot_ranks: IntArray,
+        device: torch.device | str,
+        buffer: WorkBuffer | None,
+    ) -> LoraBatch | None:
+        """`build` for any number of adapters."""
         rows = np.flatnonzero(token_slots >= 0)
         if rows.size:
             rows = rows[slot_ranks[token_slots[rows]] > 0]
@@ -83,7 +120,7 @@ class LoraBatch:
         pages = slot_pages[slots]
         listed = np.arange(pages.shape[1]) < num_pages[:, None]
         if num_pages.size and (int(num_pages.max()) > pages.shape[1] or bool((pages[listed] < 0).any())):
-            raise ValueError("slot_pages: an adapter slot in use has fewer pages than its rank needs")
+            raise ValueError(_TOO_FEW_PAGES)
         segments = tuple(
             LoraSegment(int(slot), int(start), int(count), tuple(page_list[:n].tolist()))
             for slot, start, count, n, page_list in zip(slots, starts, counts, num_pages, pages, strict=True)
@@ -129,6 +166,15 @@ class LoraBatch:
                 return None
             ranges.append((first, s.count))
         return tuple(ranges)
+
+
+def _pages_of(slot: int, slot_pages: IntArray, slot_ranks: IntArray) -> IntArray:
+    """The pages of the adapter in a slot."""
+    count = -(-int(slot_ranks[slot]) // PAGE_RANK)
+    pages = slot_pages[slot, :count]
+    if pages.size < count or pages.min() < 0:
+        raise ValueError(_TOO_FEW_PAGES)
+    return pages
 
 
 @dataclass(frozen=True, slots=True)

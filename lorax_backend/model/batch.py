@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,64 +12,11 @@ from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.model.decoder import LoraBatches
 from lorax_backend.model.greedy import NOT_HERE, Drawing
 from lorax_backend.model.lora import LM_HEAD
+from lorax_backend.model.step_arrays import IntArray, StepArrays
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_kernels import AttentionBatch, LoraBatch
 
-IntArray = npt.NDArray[np.int32]
 _CONTROL = 4  # integers before the places in a step's outputs, which begin on 16 bytes
-
-
-@dataclass(slots=True)
-class StepArrays:
-    """A step in numpy. T tokens, S sequences, R rows that sample, P ids that only the device knows.
-
-    Attributes:
-        items: the sequences as their rows lie: of one token first, then chunks over a cached context, then prompts that
-            begin here.
-        ids: int32 [T], 0 where the device knows better.
-        pending: int64 [P, 2], token row and runner slot of those.
-        positions: int32 [T]. query_start: int32 [S + 1]. contexts: int32 [S], this step's tokens included.
-        tables: int32 [S, blocks]. slot_mapping: int64 [T].
-        adapters: int32 [S], adapter slot of each sequence, -1 for none.
-        sampled: the sequences that sample, in batch order; row r of the logits belongs to sampled[r].
-        sampled_slots: int64 [R], their runner slots.
-        logit_rows: int64 [R], their token rows; None if every token row samples.
-        scored: chunks of prompts whose log probabilities are wanted, with each one's first token row.
-    """
-
-    items: list[ScheduledSequence]
-    ids: IntArray
-    pending: npt.NDArray[np.int64]
-    positions: IntArray
-    query_start: IntArray
-    contexts: IntArray
-    tables: IntArray
-    slot_mapping: npt.NDArray[np.int64]
-    adapters: IntArray
-    sampled: list[ScheduledSequence]
-    sampled_slots: npt.NDArray[np.int64]
-    logit_rows: npt.NDArray[np.int64] | None
-    scored: list[tuple[ScheduledSequence, int]]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.ids.size)
-
-    @property
-    def num_decodes(self) -> int:
-        """The leading sequences that have one row each."""
-        return int(np.count_nonzero(np.diff(self.query_start) == 1))
-
-    def prefills(self) -> Iterator[tuple[int, int, int, int]]:
-        """(sequence, first row, rows, context length) of every other sequence."""
-        starts, contexts = self.query_start.tolist(), self.contexts.tolist()
-        for i in range(self.num_decodes, len(contexts)):
-            yield i, starts[i], starts[i + 1] - starts[i], contexts[i]
-
-    @property
-    def token_adapters(self) -> IntArray:
-        """int32 [T]: adapter slot of every token row."""
-        return np.repeat(self.adapters, np.diff(self.query_start))
 
 
 @dataclass(slots=True)
@@ -132,6 +78,9 @@ class BatchBuilder:
             ValueError: some id is no token of the model.
         """
         given = batch.sequences
+        return self._arrays_of_one(given[0]) if len(given) == 1 else self._arrays_of_many(given)
+
+    def _arrays_of_many(self, given: list[ScheduledSequence]) -> StepArrays:
         starts = np.array([item.start for item in given], dtype=np.int32)
         counts = np.array([item.count for item in given], dtype=np.int32)
         order = _row_order(starts, counts)
@@ -163,14 +112,38 @@ class BatchBuilder:
             tables=tables,
             slot_mapping=blocks * self.block_size + positions % self.block_size,
             adapters=np.array([item.seq.adapter_slot for item in items], dtype=np.int32),
+            num_decodes=int(np.count_nonzero(counts == 1)),
             sampled=[given[index] for index in sampling],
             sampled_slots=np.array([given[index].seq.slot for index in sampling], dtype=np.int64),
             logit_rows=None if all_rows else query_start[1:][place[sampling]].astype(np.int64) - 1,
-            scored=[
-                (item, int(query_start[index]))
-                for index, item in enumerate(items)
-                if item.seq.sampling.prompt_logprobs and item.start < item.seq.prompt_len
-            ],
+            scored=[(item, int(query_start[index])) for index, item in enumerate(items) if _is_scored(item)],
+        )
+
+    def _arrays_of_one(self, item: ScheduledSequence) -> StepArrays:
+        """What `_arrays_of_many` makes of one sequence, in few calls: an idle engine's first token waits for each."""
+        seq, count = item.seq, item.count
+        end = item.start + count
+        query_start = np.array([0, count], dtype=np.int32)
+        tables = self.block_tables([seq], -(-end // self.block_size))
+        ids, pending = self._ids([item], query_start)
+        positions = np.arange(item.start, end, dtype=np.int32)
+        block, offset = np.divmod(positions, self.block_size)
+        sampled = [item] if item.sample else []
+        return StepArrays(
+            items=[item],
+            ids=ids,
+            pending=pending,
+            positions=positions,
+            query_start=query_start,
+            contexts=np.array([end], dtype=np.int32),
+            tables=tables,
+            slot_mapping=tables[0].astype(np.int64)[block] * self.block_size + offset,
+            adapters=np.array([seq.adapter_slot], dtype=np.int32),
+            num_decodes=int(count == 1),
+            sampled=sampled,
+            sampled_slots=np.array([seq.slot] * len(sampled), dtype=np.int64),
+            logit_rows=None if len(sampled) == count else np.array([count - 1] * len(sampled), np.int64),
+            scored=[(item, 0)] if _is_scored(item) else [],
         )
 
     def build(self, step: StepArrays, last_token: torch.Tensor, drawing: Drawing = NOT_HERE) -> InputBatch:
@@ -192,9 +165,8 @@ class BatchBuilder:
 
     def outputs(self, step: StepArrays, drawing: Drawing = NOT_HERE) -> Outputs:
         """Take to the device what follows the forward pass, in one copy."""
-        outputs = Outputs(step.sampled, step.scored, drawing)
         if not step.sampled:
-            return outputs
+            return Outputs(step.sampled, step.scored, drawing)
         count = len(step.sampled)
         rows = () if step.logit_rows is None else step.logit_rows
         array = np.zeros(_CONTROL + 2 * (count + len(rows)), dtype=np.int32)
@@ -203,8 +175,22 @@ class BatchBuilder:
         places[:count], places[count:] = step.sampled_slots, rows
         sent = self.upload(array)
         on_device = sent[_CONTROL:].view(torch.int64)
-        outputs.control, outputs.sampled_slots = sent[:2], on_device[:count]
-        outputs.logit_rows = None if step.logit_rows is None else on_device[count:]
+        return self.outputs_at(step, drawing, sent[:2], on_device[:count], on_device[count:])
+
+    def outputs_at(
+        self,
+        step: StepArrays,
+        drawing: Drawing,
+        control: torch.Tensor,
+        sampled_slots: torch.Tensor,
+        logit_rows: torch.Tensor,
+    ) -> Outputs:
+        """`outputs` of which the first entries of these tensors on the device are a part already."""
+        outputs, count = Outputs(step.sampled, step.scored, drawing), len(step.sampled)
+        if not count:
+            return outputs
+        outputs.control, outputs.sampled_slots = control, sampled_slots[:count]
+        outputs.logit_rows = None if step.logit_rows is None else logit_rows[:count]
         outputs.head_lora = self.head_batch(step.sampled)
         return outputs
 
@@ -226,7 +212,8 @@ class BatchBuilder:
         Raises:
             ValueError: some of `ids` are no token of the model.
         """
-        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+        # As unsigned numbers, negative ones are larger than any vocabulary.
+        if ids.size and ids.view(np.uint32).max() >= self.vocab_size:
             raise ValueError(
                 f"token ids {ids.min()} to {ids.max()} exceed the vocabulary of {self.vocab_size}"
             )
@@ -294,6 +281,11 @@ class BatchBuilder:
 
     def _lora_batch(self, slots: IntArray) -> LoraBatch | None:
         return LoraBatch.build(slots, self.arena.slot_pages, self.arena.slot_ranks, self.device)
+
+
+def _is_scored(item: ScheduledSequence) -> bool:
+    """Somebody wants the log probabilities of a prompt of which this is a chunk."""
+    return item.seq.sampling.prompt_logprobs and item.start < item.seq.prompt_len
 
 
 def _row_order(starts: IntArray, counts: IntArray) -> npt.NDArray[np.int64] | None:

@@ -11,7 +11,7 @@ import torch
 from lorax_backend.adapters.arena import LoraArena
 from lorax_backend.adapters.page_writer import PageWriter
 from lorax_backend.config import ServerConfig
-from lorax_backend.model.batch import BatchBuilder, Outputs, StepArrays
+from lorax_backend.model.batch import BatchBuilder, Outputs
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.decoder import Decoder
 from lorax_backend.model.graphs import DecodeGraphs, graph_sizes
@@ -44,6 +44,7 @@ from lorax_backend.model.startup import (
     pick_dtype,
 )
 from lorax_backend.model.step import PendingStep
+from lorax_backend.model.step_arrays import StepArrays
 from lorax_backend.model.watermark import WatermarkSettings
 from lorax_backend.model.weights import ModelWeights, dummy_weights, load_weights
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence
@@ -165,7 +166,8 @@ class TorchModelRunner:
         step = self._builder.arrays(batch)
         if self._prefill_graphs is not None and self._prefill_graphs.accepts(step):
             drawing = self._drawer.next(self._planner.greedy_mode(step.sampled))
-            return self._finish(self._builder.outputs(step, drawing), self._prefill_graphs.replay(step))
+            hidden, outputs = self._prefill_graphs.replay(step, drawing)
+            return self._finish(outputs, hidden)
         return self._step(step, self._cache)
 
     def check_device(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from fake_graphs import FakeRecorder
 from model_driver import ModelDriver
 
-from lorax_backend.model import graphs, layers, prefill_graphs, runner
+from lorax_backend.model import layers, prefill_graphs, runner, warm_up
 from lorax_backend.scheduler.sequence import Sequence
 from lorax_kernels import LoraBatch, dispatch, tuning
 
@@ -47,7 +47,7 @@ def test_recorded_steps_on_the_kernels_give_what_the_torch_path_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layers, "_packing_supported", False)  # plain weights, as on a device
-    monkeypatch.setattr(graphs, "_PREFILL_WARM_UP_TOKENS", ())
+    monkeypatch.setattr(warm_up, "_TOKENS", ())
     monkeypatch.setattr(runner, "graph_sizes", lambda largest: (largest,))  # each size takes seconds here
     monkeypatch.setattr(prefill_graphs, "_SIZES", ())
     path = tiny_model_path("llama", num_hidden_layers=1)
