@@ -80,6 +80,31 @@ class LoraBatch:
         return cls._of_many(token_slots, slot_pages, slot_ranks, device, buffer)
 
     @classmethod
+    def build_first_rows(
+        cls,
+        count: int,
+        slot: int,
+        slot_pages: IntArray,
+        slot_ranks: IntArray,
+        device: torch.device | str,
+        buffer: WorkBuffer,
+    ) -> LoraBatch:
+        """`build` of a step of `buffer.num_tokens` rows of which the first `count`, at least one, have the adapter in
+        `slot`, and no other has one. Nothing is looked for then.
+
+        Raises:
+            ValueError: as `build`.
+        """
+        if slot < 0 or slot_ranks[slot] <= 0:
+            nobody = np.full(buffer.num_tokens, -1, dtype=np.int32)
+            batch = cls._of_many(nobody, slot_pages, slot_ranks, device, buffer)
+            assert batch is not None
+            return batch
+        rows = np.arange(count, dtype=np.int32)
+        pages = _pages_of(slot, slot_pages, slot_ranks)
+        return cls._of_one(buffer.num_tokens, rows, (slot, pages), device, buffer)
+
+    @classmethod
     def _of_one(
         cls,
         num_tokens: int,

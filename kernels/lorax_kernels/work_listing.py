@@ -64,7 +64,7 @@ def build_work(
         num_tokens if shape.decode else 0,
     )  # fmt: skip
     memory = _memory_for(needed, device, buffer)
-    capacity, flat = memory.capacity, memory.host.numpy()
+    capacity, flat = memory.capacity, memory.flat
     by_token = np.zeros((capacity.tokens, TOKEN_RECORD), dtype=np.int32)
     if capacity.tokens:
         by_token[:, 0] = -1
@@ -95,16 +95,20 @@ def build_work_of_one(
     num_blocks, block_units = -(-count // step), -(-num_pages // shape.unit_pages)
     in_last = count - (num_blocks - 1) * step
     begins = np.arange(0, count, step)
+    in_front = int(rows[-1]) == count - 1
     if in_last == 1:
         begins = np.roll(begins, 1)  # blocks of a single row come first
-    bare_rows = _bare_rows(num_tokens, rows, shape)
+    if in_front and shape.decode:
+        bare_rows = np.arange(count, num_tokens, dtype=np.int32)
+    else:
+        bare_rows = _bare_rows(num_tokens, rows, shape)
     num_bare = -(-bare_rows.size // step)
     needed = WorkCapacity(
         count + bare_rows.size, num_blocks + num_bare, num_blocks * block_units, num_pages,
         num_tokens if shape.decode else 0,
     )  # fmt: skip
     memory = _memory_for(needed, device, buffer)
-    at, flat = memory.capacity, memory.host.numpy()
+    at, flat = memory.capacity, memory.flat
     records = flat[at.blocks_at :][: RECORD * num_blocks].reshape(num_blocks, RECORD)
     records[:] = 0, step, 0, num_pages, 0, int(pages[0]), int(pages[int(num_pages > 1)]), 0
     records[:, 0] = begins
@@ -126,7 +130,7 @@ def build_work_of_one(
         tokens = flat[at.tokens_at :][: TOKEN_RECORD * at.tokens].reshape(at.tokens, TOKEN_RECORD)
         if count < at.tokens:
             tokens[:] = -1, 0, 0, 0
-        mine = slice(count) if rows[-1] == count - 1 else rows
+        mine = slice(count) if in_front else rows
         tokens[mine] = 0, 0, num_pages, 0
         tokens[mine, 0] = np.arange(count)
     single = int(in_last == 1)
@@ -136,19 +140,21 @@ def build_work_of_one(
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Where a list is written on the host, and read on the device."""
+    """Where a list is written on the host, `flat`, and read on the device."""
 
-    host: torch.Tensor
+    flat: IntArray
     data: torch.Tensor
     capacity: WorkCapacity
     buffer: WorkBuffer | None
+    host: torch.Tensor | None = None
+    """`flat` as a tensor, if there is no buffer."""
 
 
 def _memory_for(needed: WorkCapacity, device: torch.device | str, buffer: WorkBuffer | None) -> _Memory:
     if buffer is not None:
-        return _Memory(buffer.host(), buffer.data, buffer.capacity, buffer)
+        return _Memory(buffer.next_host(), buffer.data, buffer.capacity, buffer)
     host = torch.empty(needed.size, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
-    return _Memory(host, torch.empty_like(host, device=device), needed, None)
+    return _Memory(host.numpy(), torch.empty_like(host, device=device), needed, None, host)
 
 
 def _sent(
@@ -159,12 +165,12 @@ def _sent(
     num_blocks, num_units, num_single, single_units, num_bare = counted
     buffer = memory.buffer
     bits = max(0, num_units - 1).bit_length()
-    memory.host.numpy()[:HEADER] = (
+    memory.flat[:HEADER] = (
         num_blocks, num_units, num_rows, bits, num_single, single_units, num_bare, 0
     )  # fmt: skip
     if buffer is not None:
-        buffer.send(memory.host)
-    else:
+        buffer.send()
+    elif memory.host is not None:
         memory.data.copy_(memory.host, non_blocking=True)
     return LoraWork(
         data=memory.data,

@@ -137,13 +137,15 @@ class WorkBuffer:
         device = torch.device(device)
         self._placed = data is not None
         self._ring: list[torch.Tensor] = []
-        self._next = 0
+        self._arrays: list[IntArray] = []
+        self._turn = 0
         if data is None:
             data = torch.zeros(self.capacity.size, dtype=torch.int32, device=device)
             pinned = device.type == "cuda"
             self._ring = [
                 torch.zeros(self.capacity.size, dtype=torch.int32, pin_memory=pinned) for _ in range(ring)
             ]
+            self._arrays = [host.numpy() for host in self._ring]
         self.data = data
 
     @staticmethod
@@ -156,17 +158,16 @@ class WorkBuffer:
         pairs = num_tokens * max_pages
         return WorkCapacity(num_tokens, num_tokens, pairs, pairs, num_tokens)
 
-    def place(self, host: torch.Tensor) -> None:
+    def place(self, host: IntArray) -> None:
         """Write the next list to `host`, int32 [capacity.size]."""
-        self._ring, self._next = [host], 0
+        self._arrays, self._turn = [host], 0
 
-    def host(self) -> torch.Tensor:
-        """The next host copy to fill."""
-        buffer = self._ring[self._next]
-        self._next = (self._next + 1) % len(self._ring)
-        return buffer
+    def next_host(self) -> IntArray:
+        """The next host copy to fill, int32 [capacity.size]."""
+        self._turn = (self._turn + 1) % len(self._arrays)
+        return self._arrays[self._turn]
 
-    def send(self, host: torch.Tensor) -> None:
-        """Take a filled host copy to the device, unless its owner does."""
+    def send(self) -> None:
+        """Take the host copy that `next_host` gave last to the device, unless its owner does."""
         if not self._placed:
-            self.data.copy_(host, non_blocking=True)
+            self.data.copy_(self._ring[self._turn], non_blocking=True)

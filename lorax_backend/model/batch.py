@@ -254,6 +254,8 @@ class BatchBuilder:
             if length > row.length:
                 self._tables[seq.slot, row.length : length] = seq.block_table[row.length :]
                 row.length = length
+        if len(sequences) == 1:
+            return self._tables[sequences[0].slot, None, :width].copy()
         return self._tables[[seq.slot for seq in sequences], :width]
 
     def _lora(self, step: StepArrays) -> LoraBatches:

@@ -54,7 +54,6 @@ class HostCopy:
     memory: torch.Tensor
     parts: dict[str, npt.NDArray[Any]]
     tables: npt.NDArray[np.int32]
-    work: torch.Tensor
     filled: npt.NDArray[np.int32]
     """What is made blank for every step: all but the work list and the tables."""
 
@@ -84,7 +83,7 @@ class _Layout:
     def host(self, memory: torch.Tensor, size: int) -> HostCopy:
         parts = {name: self.of(memory, name).numpy() for name in self.sections}
         filled = memory[self.work_end : self.tables_begin].numpy()
-        return HostCopy(size, memory, parts, parts["tables"], self.of(memory, "work"), filled)
+        return HostCopy(size, memory, parts, parts["tables"], filled)
 
 
 class GraphInputs:
@@ -127,7 +126,7 @@ class GraphInputs:
         self._turn = (self._turn + 1) % _COPIES
         host = self._hosts[size][self._turn]
         host.filled[:] = self._layouts[size].blank
-        self.work[size].place(host.work)
+        self.work[size].place(host.parts["work"])
         return host
 
     def send(self, host: HostCopy, rows: int, with_work: bool) -> None:

@@ -166,9 +166,7 @@ class PrefillGraphs:
         _fill_outputs(host, step, drawing)
         with_lora = bool((step.adapters >= 0).any())
         if with_lora:
-            adapters = np.full(size, -1, dtype=np.int32)
-            adapters[:count] = step.token_adapters
-            self._list_work(adapters, size)
+            self._list_work(step, size)
         self._inputs.send(host, len(step.items), with_lora)
         recorded = self._recorded[size, with_lora]
         recorded.replay()
@@ -200,11 +198,16 @@ class PrefillGraphs:
         tiles = self._list_tiles(step.prefills(), self._group, shape.block_m)
         parts["tiles"][: len(tiles)] = tiles
 
-    def _list_work(self, adapters: np.ndarray[tuple[int], np.dtype[np.int32]], size: int) -> LoraBatch:
+    def _list_work(self, step: StepArrays | None, size: int) -> LoraBatch:
+        """The adapters' work of a step, or of none."""
         arena = self._builder.arena
-        batch = LoraBatch.build(
-            adapters, arena.slot_pages, arena.slot_ranks, self._builder.device, self._inputs.work[size]
-        )
+        place = arena.slot_pages, arena.slot_ranks, self._builder.device, self._inputs.work[size]
+        if step is not None and len(step.items) == 1:
+            return LoraBatch.build_first_rows(step.num_tokens, int(step.adapters[0]), *place)
+        adapters = np.full(size, -1, dtype=np.int32)
+        if step is not None:
+            adapters[: step.num_tokens] = step.token_adapters
+        batch = LoraBatch.build(adapters, *place)
         assert batch is not None
         return batch
 
@@ -212,7 +215,7 @@ class PrefillGraphs:
         inputs, shape = self._inputs, self._shapes[size]
         host = inputs.next_host(size)
         host.tables.fill(0)
-        nobody = self._list_work(np.full(size, -1, dtype=np.int32), size)
+        nobody = self._list_work(None, size)
         inputs.send(host, shape.sequences + 1, with_work=True)
         lora = LoraBatches(*[nobody] * 4) if with_lora else LoraBatches()
         attention = AttentionBatch(

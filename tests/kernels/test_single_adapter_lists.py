@@ -66,7 +66,7 @@ def test_one_adapter_listed_directly_is_to_the_bit_what_sorting_makes(
     made = []
     for build in (LoraBatch.build, LoraBatch._of_many):
         buffer = WorkBuffer(size, MAX_PAGES, "cpu", ring=1)
-        buffer.host().fill_(-7)  # whatever a list before left there
+        buffer.next_host().fill(-7)  # whatever a list before left there
         made.append(build(slots, *tables, "cpu", buffer))
     assert_same(*made)
     assert made[0].work.data[0] > 0
@@ -85,6 +85,23 @@ def test_a_list_in_memory_of_its_own_is_the_same_too(case: tuple[np.ndarray, int
     pages = arena(rank)[0][SLOT, : pages_for_rank(rank)]
     got.work = build_work_of_one(got.num_tokens, got.rows, pages, "cpu", None)
     assert_same(got, want.with_work() if want else None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, GRAPH_MAX_TOKENS), st.integers(0, 200), st.integers(0, 256))
+@example(17, 0, 12)
+@example(1, 3, 0)
+def test_the_first_rows_of_an_adapter_are_the_same_without_being_looked_for(
+    count: int, bare: int, rank: int
+) -> None:
+    size = min(count + bare, GRAPH_MAX_TOKENS)
+    slots = np.full(size, -1, dtype=np.int32)
+    slots[:count] = SLOT
+    buffers = [WorkBuffer(size, MAX_PAGES, "cpu") for _ in range(2)]
+    assert_same(
+        LoraBatch.build_first_rows(count, SLOT, *arena(rank), "cpu", buffers[0]),
+        LoraBatch._of_many(slots, *arena(rank), "cpu", buffers[1]),
+    )
 
 
 def test_other_slots_on_a_row_are_never_overlooked() -> None:
