@@ -99,7 +99,7 @@ def newest_ids(ids: torch.Tensor, pending: torch.Tensor, last_token: torch.Tenso
 def _draw_greedy(
     logits: torch.Tensor, control: torch.Tensor, slots: torch.Tensor, memory: GreedyMemory
 ) -> None:
-    """The torch twin, for tensors on the CPU."""
+    """The torch twin; on a device it waits for the results."""
     mode, turn = control[:2].tolist()
     rows = torch.nonzero(slots >= 0).squeeze(1)
     if mode == NOTHING or not rows.numel():
@@ -110,7 +110,8 @@ def _draw_greedy(
         logits = torch.nan_to_num(logits.float(), nan=-LOGIT_LIMIT, posinf=LOGIT_LIMIT, neginf=-LOGIT_LIMIT)
     ids = logits.argmax(-1)
     memory.last_token.index_copy_(0, slots.index_select(0, rows), ids)
-    memory.ids[turn].index_copy_(0, rows, ids.to(torch.int32))
+    host = memory.ids.device
+    memory.ids[turn].index_copy_(0, rows.to(host), ids.to(host, torch.int32))
     if mode == SCORED:
         chosen = torch.log_softmax(logits, -1).gather(1, ids.unsqueeze(1)).squeeze(1)
-        memory.logprobs[turn].index_copy_(0, rows, chosen)
+        memory.logprobs[turn].index_copy_(0, rows.to(host), chosen.to(host))

@@ -12,6 +12,7 @@ import torch
 from model_driver import ModelDriver
 
 from lorax_backend.types import SamplingParams
+from lorax_kernels import dispatch
 from lorax_kernels.greedy import NOTHING, SCORED, GreedyMemory, draw_greedy, newest_ids
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -34,6 +35,20 @@ def test_drawing_gives_the_lowest_best_id_and_its_log_probability(
     rows: int, vocab: int, dtype: torch.dtype
 ) -> None:
     check_drawing(rows, vocab, dtype, "cuda")
+
+
+def test_the_torch_twin_draws_on_a_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_uses_triton", lambda tensor: False)
+    logits = torch.rand(4, 4099, device="cuda")
+    best = torch.tensor([7, 4098, 0, 99], device="cuda")
+    logits.scatter_(1, best[:, None], 9.0)
+    memory = GreedyMemory(torch.zeros(5, dtype=torch.int64, device="cuda"), 4, 4099, turns=2)
+    slots = torch.tensor([4, -1, 0, 2], device="cuda")
+    draw_greedy(logits, torch.tensor([SCORED, 1], dtype=torch.int32, device="cuda"), slots, memory)
+    assert memory.ids[1].tolist() == [7, 0, 0, 99]
+    assert memory.last_token.tolist() == [0, 0, 99, 0, 7]
+    want = torch.log_softmax(logits, 1).max(1).values
+    assert memory.logprobs[1][0].item() == pytest.approx(want[0].item(), abs=1e-5)
 
 
 def test_the_host_reads_what_a_recorded_drawing_wrote_once_its_event_is_over() -> None:

@@ -194,5 +194,6 @@ def test_a_norm_sums_the_planes_of_a_split_product(
         got = fused()
     for _ in range(3):
         graph.replay()
-        for one, other in zip(got, want, strict=True):
-            assert_same(one, other)
+        # The sum itself is the same; the norm has other warps then, whose squares are added in another order.
+        assert_same(got[1], want[1])
+        torch.testing.assert_close(got[0], want[0])
