@@ -42,6 +42,8 @@ from table_text import text_of
 
 from lorax_backend.config import ServerConfig
 
+# Steps are kept short while other adapters have just been there, such as those of the kind before.
+_OTHERS_GONE_S = 1.5
 TABLES = ("table_b", "table_b_1b", "table_c", "sweep")
 
 
@@ -165,6 +167,7 @@ def measure_prefill(args: argparse.Namespace) -> dict[str, Any]:
         for count in args.streams:
             for kind in KINDS:
                 bench.burst(count, args.prompt, 2, kind)  # buffers of this size, and a warm device
+                time.sleep(_OTHERS_GONE_S)
                 runs = [
                     summarize(bench.burst(count, args.prompt, args.tokens, kind), args.prompt)
                     for _ in range(args.rounds)

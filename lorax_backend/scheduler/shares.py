@@ -92,8 +92,8 @@ class Shares:
         return step.present
 
     def allowance(self, queue: AdapterQueue, step: AdmissionStep) -> int | None:
-        """Prompt tokens that the adapter may still compute in this step; None if nobody else is about."""
-        if not self._settings.chunked_prefill or self._present(step).weight <= queue.weight:
+        """Prompt tokens that the adapter may still compute in this step; None if nobody else is there to feel it."""
+        if not self._settings.chunked_prefill or self._present(step).near_weight <= queue.weight:
             return None
         part = max(_MIN_PROMPT_PART, self._settings.step_budget // _PROMPT_PART)
         return max(0, part - step.computed[queue])

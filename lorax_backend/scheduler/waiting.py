@@ -31,6 +31,8 @@ _MAX_ASKED = 128
 _MAX_ASKED_OF_ONE = 16
 # An adapter that was served within this many seconds is expected back.
 _PRESENT_S = 10.0
+# One that was served within this many seconds may come back during the next step.
+_NEAR_S = 1.0
 _PRESENT_FOR_S = 0.1
 _PRESENT_QUEUES = 256  # of more queues it is worked out less often, so that a step costs no more on average
 # Queues without sequences that are remembered, at least.
@@ -43,11 +45,20 @@ Order = tuple[int, float, float, int]
 
 
 class Present(NamedTuple):
-    """The adapters about: their weights' sum, and the mean of their counters; good enough `until` then."""
+    """The adapters about: their weights' sum, that of the ones that may feel how long the next step takes, and the mean
+    of all their counters; good enough `until` then."""
 
     until: float
     weight: float
+    near_weight: float
     mean_counter: float
+
+    def joined(self, weight: float, absent_s: float) -> Present:
+        """With an adapter that has come back after so many seconds."""
+        return self._replace(
+            weight=self.weight + weight * (absent_s >= _PRESENT_S),
+            near_weight=self.near_weight + weight * (absent_s >= _NEAR_S),
+        )
 
 
 class WaitingQueues:
@@ -207,9 +218,10 @@ class WaitingQueues:
             since = now - _PRESENT_S
             about = [q for q in self._queues.values() if q.running or q.ready or q.served_at > since]
             weight = sum([queue.weight for queue in about])
+            near = [q.weight for q in about if q.running or q.ready or q.served_at > now - _NEAR_S]
             used = sum([queue.counter * queue.weight for queue in about])
             until = now + _PRESENT_FOR_S * max(1.0, len(self._queues) / _PRESENT_QUEUES)
-            self._present = Present(until, weight, used / weight if weight else 0.0)
+            self._present = Present(until, weight, sum(near), used / weight if weight else 0.0)
         return self._present
 
     def _note_risen(self, risen: list[AdapterQueue], now: float) -> None:
@@ -221,8 +233,8 @@ class WaitingQueues:
         else:
             self._floor = max(map(_COUNTER, self._queues.values()))
         for queue in risen:
-            if self._present is not None and not queue.running and now - queue.served_at >= _PRESENT_S:
-                self._present = self._present._replace(weight=self._present.weight + queue.weight)
+            if self._present is not None and not queue.running:
+                self._present = self._present.joined(queue.weight, now - queue.served_at)
             queue.counter = max(queue.counter, self._floor)
             queue.served_at = now
             self._backlogged[queue] = None

@@ -313,3 +313,19 @@ def test_weights_that_are_no_object_of_numbers_are_refused(text: str) -> None:
 def test_a_weight_or_slice_that_makes_no_sense_is_refused(make: Callable[[], SchedulerSettings]) -> None:
     with pytest.raises(ValueError, match="adapter_"):
         make()
+
+
+@pytest.mark.parametrize(("seconds", "tokens"), [(0.5, 256), (5.0, 1000)])
+def test_steps_are_short_while_others_are_there_and_whole_a_second_after_they_have_gone(
+    seconds: float, tokens: int
+) -> None:
+    clock = FakeClock()
+    core, runner, _ = make_core(engine(), slots(2, "other", "busy"), clock=clock)
+    core.add(make_request(1, [1, 2], "other", max_new_tokens=1))
+    for _ in range(5):
+        core.step()
+    clock.now += seconds
+    core.add(make_request(2, [2] * 1000, "busy", max_new_tokens=1))
+    for _ in range(5):
+        core.step()
+    assert next(batch for batch in runner.batches if batch[0][0] == 2) == [(2, tokens)]
