@@ -58,6 +58,10 @@ PREFILL = Source("Long prompts, Llama-3-8B's shape: tokens a second",
                  ("table_c-llama3-8b-h100.json", "engine-llama3-8b-h100.json"), "prefill")  # fmt: skip
 KERNELS = Source("LoRA kernels in situ, microseconds a layer", ("kernels-llama3-8b-h100.json",), "lora")
 SWEEP = Source("Adapters registered, 128 streams", ("sweep-llama3-8b-h100.json",), "sweep")
+SWEEP_BESIDE = Source(
+    "Adapters registered, 128 streams, while another engine on the same GPU served the ten minutes' traffic below",
+    ("sweep_beside_soak-llama3-8b-h100.json",), "sweep",
+)  # fmt: skip
 SERVED = Source(
     "Through tritonserver's gRPC, against the engine alone", ("table_f-llama3-8b-h100.json",), "verdicts"
 )
@@ -66,7 +70,7 @@ LIFE = Source("Adapters coming and going: 200 of them, 32 on the GPU, 64 in host
 CHURN = Source("Adapters coming and going: requests at random times, adapters by Zipf(1.0); ms",
                ("adapter_churn-llama3-8b-h100.json",), "rows")  # fmt: skip
 SOAK = Source("Ten minutes with 2,000 adapters", ("adapter_soak-llama3-8b-h100.json",), "rows")
-SOURCES = (DECODE_8B, DECODE_1B, PREFILL, KERNELS, SWEEP, SERVED, CHURN, LIFE, SOAK)
+SOURCES = (DECODE_8B, DECODE_1B, PREFILL, KERNELS, SWEEP, SWEEP_BESIDE, SERVED, CHURN, LIFE, SOAK)
 _MAKE = {"decode": decode_table, "prefill": prefill_table, "lora": kernel_table, "sweep": sweep_table,
          "verdicts": served_table, "rows": life_table}  # fmt: skip
 # What perf/gpu_all.py leaves, by the name it is kept under.
