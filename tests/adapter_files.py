@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lorax_backend.adapters.checkpoint import load_adapter
+from lorax_backend.adapters.checkpoint import AdapterInspector
 from lorax_backend.adapters.host_adapter import HostAdapter
 from lorax_backend.model.config import ModelConfig
 from lorax_backend.model.lora import LoraTarget, lora_targets, page_layout
@@ -58,8 +58,13 @@ class Base:
     targets: Mapping[str, LoraTarget]
     layout: PageLayout
 
+    def inspector(
+        self, dtype: torch.dtype = torch.float32, max_rank: int = 64, **more: Any
+    ) -> AdapterInspector:
+        return AdapterInspector(self.targets, self.layout, dtype, max_rank, **more)
+
     def load(self, folder: Path, dtype: torch.dtype = torch.float32, max_rank: int = 64) -> HostAdapter:
-        return load_adapter(folder, self.targets, self.layout, dtype, max_rank)
+        return self.inspector(dtype, max_rank).inspect(folder).load()
 
     def factors(self, adapter: HostAdapter, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [padded rank, in] and scaled, transposed B [padded rank, out] of a module, through the views of pages."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorax_backend.adapters.checkpoint import load_adapter
+from lorax_backend.adapters.checkpoint import AdapterInspector
 from lorax_backend.config import ServerConfig
 from lorax_backend.model.lora import lora_targets
 from lorax_backend.model.recorder import GraphRecorder
@@ -47,7 +47,7 @@ class ModelDriver:
         """Load a PEFT folder to the arena; its slot."""
         runner = self.runner
         targets = lora_targets(runner.model_config)
-        adapter = load_adapter(folder, targets, runner.layout, runner.dtype, 64)
+        adapter = AdapterInspector(targets, runner.layout, runner.dtype, 64).inspect(folder).load()
         slot = runner.arena.allocate(adapter.rank)
         assert slot is not None
         runner.arena.write(slot, adapter)

@@ -15,7 +15,6 @@ from adapter_files import PREFIX, Base, lora_config, lora_tensors, write_adapter
 from safetensors.torch import save_file
 
 from lorax_backend.adapters.adapter_plan import AdapterPlan
-from lorax_backend.adapters.checkpoint import inspect_adapter
 from lorax_backend.adapters.page_writer import PageWriter
 from lorax_backend.errors import AdapterIncompatibleError
 
@@ -55,7 +54,7 @@ def mixed_config(base: Base, **changes: Any) -> dict[str, Any]:
 
 
 def plan_of(folder: Path, base: Base, dtype: torch.dtype, writer: PageWriter | None = None) -> AdapterPlan:
-    return inspect_adapter(folder, base.targets, base.layout, dtype, 64, writer=writer)
+    return base.inspector(dtype, writer=writer).inspect(folder)
 
 
 def check_equal(folder: Path, base: Base, dtype: torch.dtype, writer: PageWriter, make: MakePages) -> None:

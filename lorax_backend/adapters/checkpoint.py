@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from lorax_backend.adapters.adapter_plan import AdapterPlan, Module, Problems, Structure, file_stamp
-from lorax_backend.adapters.host_adapter import HostAdapter
 from lorax_backend.adapters.page_writer import PageWriter
 from lorax_backend.adapters.peft_config import MAX_CONFIG_BYTES, PeftConfig, read_peft_config
 from lorax_backend.adapters.tensor_names import LORA_A, LORA_B, TensorName, parse_tensor_name
@@ -33,26 +32,6 @@ from lorax_kernels.layout import PageLayout
 
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_KNOWN = 32
-
-
-def load_adapter(
-    folder: Path, targets: Mapping[str, LoraTarget], layout: PageLayout, dtype: torch.dtype, max_rank: int
-) -> HostAdapter:
-    """`inspect_adapter`, then `AdapterPlan.load`; raises as they do."""
-    return inspect_adapter(folder, targets, layout, dtype, max_rank).load()
-
-
-def inspect_adapter(
-    folder: Path,
-    targets: Mapping[str, LoraTarget],
-    layout: PageLayout,
-    dtype: torch.dtype,
-    max_rank: int,
-    allow_pickle: bool = False,
-    writer: PageWriter | None = None,
-) -> AdapterPlan:
-    """`AdapterInspector.inspect`, once."""
-    return AdapterInspector(targets, layout, dtype, max_rank, allow_pickle, writer).inspect(folder)
 
 
 class AdapterInspector:

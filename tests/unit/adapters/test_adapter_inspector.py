@@ -11,7 +11,7 @@ import torch
 from adapter_files import Base, lora_config, lora_tensors, write_adapter
 
 from lorax_backend.adapters.adapter_plan import Structure
-from lorax_backend.adapters.checkpoint import AdapterInspector, inspect_adapter
+from lorax_backend.adapters.checkpoint import AdapterInspector
 from lorax_backend.errors import AdapterIncompatibleError
 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
@@ -42,7 +42,7 @@ def make(folder: Path, base: Base, seed: int = 0, rank: int = 4, **config: Any) 
 
 
 def alone(folder: Path, base: Base) -> torch.Tensor:
-    return inspect_adapter(folder, base.targets, base.layout, torch.float32, 64).load().pages
+    return base.load(folder).pages
 
 
 def used(base: Base, pages: torch.Tensor) -> list[torch.Tensor]:

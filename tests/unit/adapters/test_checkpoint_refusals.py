@@ -13,7 +13,6 @@ import pytest
 import torch
 from adapter_files import PREFIX, Base, lora_config, lora_tensors, write_adapter
 
-from lorax_backend.adapters.checkpoint import inspect_adapter
 from lorax_backend.errors import (
     AdapterError,
     AdapterIncompatibleError,
@@ -352,7 +351,7 @@ def test_a_hostile_pattern_costs_little_and_is_refused(
 
 def test_weights_replaced_after_the_check_are_noticed(make_adapter: Callable[..., Path], tiny: Base) -> None:
     folder = make_adapter(rank=4)
-    plan = inspect_adapter(folder, tiny.targets, tiny.layout, torch.float32, 64)
+    plan = tiny.inspector().inspect(folder)
     make_adapter(rank=6)
     with pytest.raises(AdapterIncompatibleError, match="changed while it was read"):
         plan.load()
@@ -365,7 +364,7 @@ def test_weights_of_the_same_shape_replaced_after_the_check_are_not_taken_for_th
     make_adapter: Callable[..., Path], tiny: Base
 ) -> None:
     folder = make_adapter(seed=1)
-    plan = inspect_adapter(folder, tiny.targets, tiny.layout, torch.float32, 64)
+    plan = tiny.inspector().inspect(folder)
     os.utime(make_adapter(seed=2) / "adapter_model.safetensors", ns=(1, 1))
     with pytest.raises(AdapterIncompatibleError, match="changed while it was read; try again"):
         plan.load()

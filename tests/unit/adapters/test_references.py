@@ -9,7 +9,6 @@ import pytest
 import torch
 from adapter_files import Base, lora_tensors
 
-from lorax_backend.adapters.checkpoint import inspect_adapter
 from lorax_backend.adapters.references import References, normalize_uri
 from lorax_backend.adapters.sources.hub import HubSource
 from lorax_backend.adapters.sources.local import LocalSource
@@ -96,7 +95,7 @@ def test_a_pickle_is_read_only_where_allowed_and_only_as_tensors(
     torch.save(lora_tensors(tiny.targets, modules, 4, 0), folder / "adapter_model.bin")
 
     def load(allowed: bool) -> torch.Tensor:
-        return inspect_adapter(folder, tiny.targets, tiny.layout, torch.float32, 64, allowed).load().pages
+        return tiny.inspector(allow_pickle=allowed).inspect(folder).load().pages
 
     assert torch.equal(load(True), expected.pages)
     with pytest.raises(AdapterIncompatibleError, match="allow_pickle_adapters"):
