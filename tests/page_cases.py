@@ -57,6 +57,13 @@ def plan_of(folder: Path, base: Base, dtype: torch.dtype, writer: PageWriter | N
     return base.inspector(dtype, writer=writer).inspect(folder)
 
 
+def assert_same(base: Base, got: torch.Tensor, want: torch.Tensor) -> None:
+    """To the bit, but for the gaps between sites, which are nobody's."""
+    for name in base.layout.sites:
+        for view in (base.layout.a_view, base.layout.b_view):
+            assert torch.equal(view(got, name), view(want, name)), name
+
+
 def check_equal(folder: Path, base: Base, dtype: torch.dtype, writer: PageWriter, make: MakePages) -> None:
     """The writer's pages, poisoned before, are the processor's bit for bit."""
     want = plan_of(folder, base, dtype).load()
@@ -65,9 +72,7 @@ def check_equal(folder: Path, base: Base, dtype: torch.dtype, writer: PageWriter
     got = plan.load(pages)
     assert got.pages.data_ptr() == pages.data_ptr()
     assert (got.rank, got.sites, got.modules) == (want.rank, want.sites, want.modules)
-    for name in base.layout.sites:  # the gaps between sites are nobody's
-        for view in (base.layout.a_view, base.layout.b_view):
-            assert torch.equal(view(got.pages, name), view(want.pages, name)), name
+    assert_same(base, got.pages, want.pages)
 
 
 def check_dtypes(
@@ -142,6 +147,24 @@ def check_changed(
         change()
         with pytest.raises(AdapterIncompatibleError, match=r"adapter_model\.safetensors changed"):
             plan.load(make(plan.num_pages))
+
+
+def check_replaced(
+    folder: Path, base: Base, dtype: torch.dtype, writer: CountingWriter, make: MakePages
+) -> None:
+    """A file replaced, after it was looked at, by one whose tensors have the same shapes and lie elsewhere: it is
+    refused, and adapters of the first one's structure are not read as if they were of its kind."""
+    inspector = base.inspector(dtype, writer=writer)
+    for name in ("replaced", "twin"):
+        write_adapter(folder / name, mixed_config(base), mixed_tensors(base, torch.float32))
+    plan = inspector.inspect(folder / "replaced")
+    write_adapter(folder / "replaced", None, mixed_tensors(base, torch.float16))
+    with pytest.raises(AdapterIncompatibleError, match="changed"):
+        plan.load(make(plan.num_pages))
+    twin = inspector.inspect(folder / "twin")
+    assert twin.structure is plan.structure
+    got, want = twin.load(make(twin.num_pages)).pages, plan_of(folder / "twin", base, dtype).load().pages
+    assert_same(base, got, want)
 
 
 def check_threads(folder: Path, base: Base, dtype: torch.dtype, writer: PageWriter, make: MakePages) -> None:

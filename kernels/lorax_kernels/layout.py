@@ -50,13 +50,13 @@ class PageLayout:
             end = _aligned(end + PAGE_RANK * site.out_features)
         self.page_size = end  # elements
 
-    def a_offset(self, key: str) -> int:
-        """Elements from a page's begin to A of a site."""
-        return self._a_offset[key]
+    def a_offset(self, key: str, slice_: int) -> int:
+        """Elements from a page's begin to A of one slice of a site; its rows follow each other."""
+        return self._a_offset[key] + slice_ * PAGE_RANK * self.sites[key].in_features
 
-    def b_offset(self, key: str) -> int:
-        """Elements from a page's begin to B of a site."""
-        return self._b_offset[key]
+    def b_offset(self, key: str, slice_: int) -> int:
+        """Elements from a page's begin to B of one slice of a site; its rows lie `out_features` of the site apart."""
+        return self._b_offset[key] + sum(self.sites[key].out_slices[:slice_])
 
     def a_view(self, pages: torch.Tensor, key: str) -> torch.Tensor:
         """A of one site: `pages` [P, page_size] -> a view [P, slices, PAGE_RANK, in_features]."""

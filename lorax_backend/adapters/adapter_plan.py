@@ -132,6 +132,10 @@ class AdapterPlan:
         sites = frozenset(module.target.site for module in self.modules.values())
         return HostAdapter(pages=pages, rank=self.rank, sites=sites, modules=tuple(sorted(self.modules)))
 
+    def is_unchanged(self, name: str) -> bool:
+        """True if a file is there and still the one that was inspected."""
+        return file_stamp(self.folder / name) == self.stamps[name] is not None
+
     def note_if_changed(self, name: str, problems: Problems) -> bool:
         """True if a file that has been read is not the one that was inspected. One that is gone was read in full all
         the same."""

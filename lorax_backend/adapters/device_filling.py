@@ -13,7 +13,6 @@ import torch
 from lorax_backend.adapters.page_writer import PageProgram, PageWriter
 from lorax_backend.adapters.weight_files import PICKLE_NAME
 from lorax_backend.adapters.weight_reader import Extent, StoredTensor, read_extents
-from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.page_table import PageTask
 
 if TYPE_CHECKING:
@@ -60,13 +59,14 @@ def write_pages(plan: AdapterPlan, writer: PageWriter, pages: torch.Tensor, prob
 
 
 def _program(plan: AdapterPlan, writer: PageWriter, name: str, opened: FileIO) -> FileProgram:
-    """That of one file, worked out once for all adapters of one structure.
+    """That of one file, worked out once for all adapters of one structure: by a file that is still the one of which
+    the structure was told.
 
     Raises:
         OSError, LookupError, ValueError, TypeError: the file cannot be read, or is not the one that was looked at.
     """
-    programs = plan.structure.programs
-    if name not in programs:
+    found = plan.structure.programs.get(name)
+    if found is None:
         tensors, tasks, dtypes = _tasks(plan, name, read_extents(opened))
         if name == next(iter(plan.stamps)):
             empty = _empty_tasks(plan)
@@ -74,8 +74,10 @@ def _program(plan: AdapterPlan, writer: PageWriter, name: str, opened: FileIO) -
         takes = len(dtypes) < 2 and writer.takes(dtypes, tasks)
         dtype = next(iter(dtypes), torch.float32)  # a file may have nothing for us
         program = writer.prepare(dtype, tasks, plan.num_pages) if takes else None
-        programs[name] = FileProgram(program, tuple(tensors))
-    return programs[name]
+        found = FileProgram(program, tuple(tensors))
+        if plan.is_unchanged(name):
+            plan.structure.programs[name] = found
+    return found
 
 
 def _tasks(
@@ -88,8 +90,7 @@ def _tasks(
     """
     found = []
     for module in plan.modules.values():
-        target, layout = module.target, plan.layout
-        slices = layout.sites[target.site].out_slices
+        target, site = module.target, plan.layout.sites[module.target.site]
         for tensor in (module.a, module.b):
             if tensor is None or tensor.file != name:
                 continue
@@ -97,12 +98,18 @@ def _tasks(
             if extent.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} has another shape")
             if tensor is module.a:
-                where = layout.a_offset(target.site) + target.slice * PAGE_RANK * target.in_features
+                where = plan.layout.a_offset(target.site, target.slice)
                 task = PageTask(extent.begin, where, module.rank, target.in_features, target.in_features)
             else:
-                where = layout.b_offset(target.site) + sum(slices[: target.slice])
+                where = plan.layout.b_offset(target.site, target.slice)
                 task = PageTask(
-                    extent.begin, where, module.rank, target.out_features, sum(slices), True, module.scaling
+                    extent.begin,
+                    where,
+                    module.rank,
+                    target.out_features,
+                    site.out_features,
+                    True,
+                    module.scaling,
                 )
             found.append((extent.begin, tensor, task, extent.dtype))
     found.sort(key=lambda entry: entry[0])
@@ -117,8 +124,7 @@ def _empty_tasks(plan: AdapterPlan) -> list[PageTask]:
         for index, width in enumerate(site.out_slices):
             if (name, index) in taken:
                 continue
-            a = plan.layout.a_offset(name) + index * PAGE_RANK * site.in_features
-            b = plan.layout.b_offset(name) + sum(site.out_slices[:index])
+            a, b = plan.layout.a_offset(name, index), plan.layout.b_offset(name, index)
             tasks.append(PageTask(0, a, 0, site.in_features, site.in_features))
             tasks.append(PageTask(0, b, 0, width, site.out_features))
     return tasks

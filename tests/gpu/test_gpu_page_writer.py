@@ -25,6 +25,7 @@ CHECKS = [
     cases.check_not_finite,
     cases.check_left_alone,
     cases.check_changed,
+    cases.check_replaced,
     cases.check_threads,
 ]
 
