@@ -120,8 +120,9 @@ class PageWriter:
                         raw = buffer.device.view(program.dtype)
                         self._launch(raw, begin, program.table, (first, last), pages, bad)
                 return self._read(bad)
-            finally:
-                self._wait()
+            except BaseException:
+                self._wait()  # the pages must not be written to any more
+                raise
 
     def _flags(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self._device)
