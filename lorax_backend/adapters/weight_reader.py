@@ -111,9 +111,8 @@ def read_extents(opened: FileIO) -> dict[str, Extent]:
         OSError, ValueError, TypeError, LookupError: the file cannot be read, its header is not what the format's
             specification says, or its offsets do not fit the file.
     """
-    size = os.fstat(opened.fileno()).st_size
-    length = _header_length(os.pread(opened.fileno(), 8, 0), size)
-    return _extents(os.pread(opened.fileno(), length, 8), size)
+    size, header = _raw_header(opened)
+    return _extents(header, size)
 
 
 def read_raw_header(file: Path) -> tuple[int, bytes]:
@@ -123,9 +122,13 @@ def read_raw_header(file: Path) -> tuple[int, bytes]:
         OSError, ValueError: it cannot be read, or has none.
     """
     with file.open("rb", buffering=0) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        length = _header_length(os.pread(opened.fileno(), 8, 0), size)
-        return size, os.pread(opened.fileno(), length, 8)
+        return _raw_header(opened)
+
+
+def _raw_header(opened: FileIO) -> tuple[int, bytes]:
+    size = os.fstat(opened.fileno()).st_size
+    length = _header_length(os.pread(opened.fileno(), 8, 0), size)
+    return size, os.pread(opened.fileno(), length, 8)
 
 
 def read_into(opened: FileIO, begin: int, target: torch.Tensor) -> None:
