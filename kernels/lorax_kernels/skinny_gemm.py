@@ -1,8 +1,9 @@
 """Base layers of decode steps with few rows, y = x @ weight.T, bound by reading the weight once.
 
 Three forms by the number of rows: a matrix-vector product for one row, and tensor cores with the rows padded to 16 or
-32. Each row's result depends on that row alone and on the form, which decides the order of its sum. Sums are in
-float32, rounded once, and without atomics: the same call gives the same bits.
+32, either of which may have rows and columns swapped. Each row's result depends on that row alone and on the form,
+which decides the order of its sum: forms need not agree to the bit. Sums are in float32, rounded once, and without
+atomics: the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -196,8 +197,8 @@ def _product(
         x, weight, bias if has_bias else x, out, tokens, x.stride(0), OUT=columns, K=width,
         BLOCK_M=16 if tokens <= 16 else 32, BLOCK_N=block_n, BLOCK_K=config.block_k, SPLITS=splits,
         STAGES=config.stages, AHEAD=config.ahead, HAS_BIAS=has_bias, PDL=config.pdl, SILU=silu,
-        PIECES=max(1, min(config.warps * 32 // block_n, config.block_k // 8)), num_warps=config.warps, num_stages=1,
-        **launch_options(config.pdl),
+        SWAP=config.swap, PIECES=max(1, min(config.warps * 32 // block_n, config.block_k // 8)),
+        num_warps=config.warps, num_stages=1, **launch_options(config.pdl),
     )  # fmt: skip
     return out
 

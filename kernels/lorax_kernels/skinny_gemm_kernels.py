@@ -161,11 +161,14 @@ def skinny_rows_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, tokens, stride_x,
     OUT: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr, SILU: tl.constexpr,
+    PDL: tl.constexpr, SILU: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Up to BLOCK_M rows times the weight: a program has BLOCK_N columns of the result and one of `SPLITS` parts of K.
     `AHEAD` blocks of K are asked of L2 before the wait. With splits `out_ptr` are planes [SPLITS, tokens, OUT]; with
-    `SILU`, and no splits, it is the result of SiLU and multiplication, [tokens, OUT / 2]."""
+    `SILU`, and no splits, it is the result of SiLU and multiplication, [tokens, OUT / 2].
+
+    With `SWAP` the weight's tile is the left operand. On compute capability 9.0, with BLOCK_N a multiple of 64 and
+    `num_warps` of 4, tensor cores then read both operands from shared memory, and not through registers."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     STEPS: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
@@ -182,19 +185,24 @@ def skinny_rows_kernel(
     m = tl.arange(0, BLOCK_M)
     x_rows = x_ptr + m.to(tl.int64) * stride_x
     w_rows = w_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         k = k_begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
         x_where = x_rows[:, None] + k[None, :]
-        w_where = w_rows[None, :] + k[:, None]
+        w_where = w_rows[:, None] + k[None, :]
         if EVEN:
             x = tl.load(x_where, mask=(m < tokens)[:, None], other=0.0, eviction_policy="evict_last")
             w = tl.load(w_where, eviction_policy="evict_first")
         else:
             x_seen = (m < tokens)[:, None] & (k < K)[None, :]
             x = tl.load(x_where, mask=x_seen, other=0.0, eviction_policy="evict_last")
-            w = tl.load(w_where, mask=(k < K)[:, None], other=0.0, eviction_policy="evict_first")
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+            w = tl.load(w_where, mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        if SWAP:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if SWAP:
+        acc = tl.trans(acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_seen, other=0.0).to(tl.float32)[None, :]
     made = acc.to(out_ptr.dtype.element_ty)

@@ -128,6 +128,9 @@ class GemmConfig:
 
     With `fuse_silu` the product of gate and up also does SiLU and multiplication, where K is not split; with
     `fuse_sum` the norm after a product sums its splits.
+
+    With `swap` the weight is the left operand of a product of 2 rows and more, which suits tensor cores that read from
+    shared memory: `block_n` of 64 and more, `warps` of 4 and more. It needs one tile more of shared memory.
     """
 
     kernel: str = "blas"
@@ -140,6 +143,7 @@ class GemmConfig:
     pdl: bool = False
     fuse_silu: bool = True
     fuse_sum: bool = True
+    swap: bool = False
 
     def for_itemsize(self, itemsize: int) -> GemmConfig:
         """The tables are for two-byte elements; wider ones get smaller tiles, which need no more memory."""

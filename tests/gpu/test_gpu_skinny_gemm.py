@@ -25,6 +25,9 @@ CONFIGS = {
     "early": EARLY,
     "split": replace(EARLY, block_n=64, split_k=4),
     "long": replace(EARLY, block_n=16, block_k=512, stages=2, ahead=2),
+    "swapped": replace(EARLY, block_n=64, swap=True),
+    "swapped split": replace(EARLY, block_n=128, block_k=64, split_k=8, swap=True),
+    "swapped by 8 warps": replace(EARLY, block_n=128, stages=5, warps=8, split_k=2, swap=True),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ CONFIGS = {
     "narrow": GemmConfig(block_n=16, block_k=128, stages=1),
     "two stages": GemmConfig(block_n=32, block_k=64, stages=2),
     "split": GemmConfig(block_n=64, block_k=64, split_k=4),
+    "swapped": GemmConfig(block_n=64, block_k=128, swap=True),
+    "swapped split": GemmConfig(block_n=64, block_k=32, split_k=4, swap=True),
 }
 
 
@@ -55,7 +58,7 @@ def test_silu_in_the_product_is_silu_after_it(rows: int, config: GemmConfig, dty
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 592), (104, 592), (104,)))
     weight = weight / 24  # or SiLU would overflow
     for given in (None, bias):
-        apart = skinny_linear(x, weight, given, GemmConfig(block_n=config.block_n, block_k=config.block_k))
+        apart = skinny_linear(x, weight, given, replace(config, split_k=1))
         got = skinny_linear(x, weight, given, config, silu=True)
         assert torch.equal(got, fused_triton.silu_mul(apart))
 
