@@ -25,9 +25,6 @@ MAX_ROWS = 32
 _SUM_BLOCK = 512
 _INTERPRETER_SMS = 4
 _LEAST_N = 16  # columns of a program; fewer would read x more often than the weight
-_HEAD_RATIO = (
-    16  # that many times more columns than x has make a weight a vocabulary's; no layer comes near it
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +67,15 @@ def row_config(x: torch.Tensor, weight: torch.Tensor) -> GemmConfig | None:
     return config if config.kernel == "triton" else None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`lorax_kernels.linear` on a device: as the tables for its number of rows say."""
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """`lorax_kernels.linear` on a device: as the tables for its number of rows say, or few rows as `config` does."""
     if x.dim() == 2 and 1 <= x.shape[0] <= MAX_ROWS:
-        config = _table_entry(x, weight)
+        config = config or _table_entry(x, weight)
         if config.kernel == "triton" and _fits(x, weight):
             return skinny_linear(x, weight, bias, config)
     elif (many := prefill_gemm.chosen(x, weight)) is not None:
@@ -82,12 +84,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def linear_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
 ) -> torch.Tensor | None:
-    """`lorax_kernels.linear_silu_mul` of few rows by one kernel; None where the table wants another way."""
+    """`lorax_kernels.linear_silu_mul` of few rows by one kernel; None where the table, or `config`, wants another
+    way."""
     if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not _fits(x, weight):
         return None
-    config = _table_entry(x, weight)
+    config = config or _table_entry(x, weight)
     return skinny_linear(x, weight, bias, config, silu=True) if does_silu(x, weight, config) else None
 
 
@@ -98,15 +104,20 @@ def does_silu(x: torch.Tensor, weight: torch.Tensor, config: GemmConfig) -> bool
     return x.shape[0] == 1 or share(x.shape[1], weight.shape[0], config, _num_sms(x.device.index))[1] == 1
 
 
-def begin_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`lorax_kernels.begin_linear` on a device."""
+def begin_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """`lorax_kernels.begin_linear` on a device, as the table says, or few rows as `config` does."""
     if bias is None and x.dim() == 2 and 2 <= x.shape[0] <= MAX_ROWS and _fits(x, weight):
-        config = _table_entry(x, weight)
+        config = config or _table_entry(x, weight)
         if config.kernel == "triton" and config.fuse_sum:
             planes = _product(x, weight, None, config.for_itemsize(x.element_size()), least_splits=2)
             if planes is not None:
                 return planes
-    return linear(x, weight, bias)
+    return linear(x, weight, bias, config)
 
 
 def skinny_linear(
@@ -217,7 +228,9 @@ def _sum_planes(
 
 def share(width: int, columns: int, config: GemmConfig, sms: int) -> tuple[int, int]:
     """Columns of a program and splits of K for a weight [columns, width]: nearly every multiprocessor gets a program,
-    by splits as far as `config.split_k` lets, else by fewer columns."""
+    by splits as far as `config.split_k` lets, else by fewer columns. Or as `config` says, if it is `exact`."""
+    if config.exact:
+        return config.block_n, min(config.split_k, cdiv(width, config.block_k))
     block_n, splits = config.block_n, 1
     enough = sms * 7 // 8
     while cdiv(columns, block_n) * splits < enough:
@@ -232,7 +245,7 @@ def share(width: int, columns: int, config: GemmConfig, sms: int) -> tuple[int, 
 
 def _table_entry(x: torch.Tensor, weight: torch.Tensor) -> GemmConfig:
     columns, width = weight.shape
-    return gemm_config(x.shape[0], min(columns, width), x.device.index, columns >= _HEAD_RATIO * width)
+    return gemm_config(x.shape[0], columns, width, x.device.index)
 
 
 @functools.cache

@@ -122,9 +122,10 @@ class GemmConfig:
     """How base layers of up to 32 rows are computed: `kernel` "blas", or "triton" as the other fields say.
 
     A program has up to `block_n` columns of the result and reads `block_k` elements of each at a time, `stages` tiles
-    ahead. K is split into at most `split_k` parts where columns alone are too few programs. With `pdl` a launch begins
-    before the one before it is over, and asks L2 for its first `ahead` tiles; one row has `stages` of them, at most 2,
-    in registers instead.
+    ahead. K is split into at most `split_k` parts where columns alone are too few programs; with `exact` it is split
+    into just that many, whose sizes differ where K is no multiple of `split_k` times `block_k`, and programs have just
+    `block_n` columns. With `pdl` a launch begins before the one before it is over, and asks L2 for its first `ahead`
+    tiles; one row has `stages` of them, at most 2, in registers instead.
 
     With `fuse_silu` the product of gate and up also does SiLU and multiplication, where K is not split; with
     `fuse_sum` the norm after a product sums its splits.
@@ -144,6 +145,7 @@ class GemmConfig:
     fuse_silu: bool = True
     fuse_sum: bool = True
     swap: bool = False
+    exact: bool = False
 
     def for_itemsize(self, itemsize: int) -> GemmConfig:
         """The tables are for two-byte elements; wider ones get smaller tiles, which need no more memory."""
@@ -205,15 +207,20 @@ def node_config(device: int | None = None) -> NodeConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def gemm_config(num_tokens: int, width: int, device: int | None = None, head: bool = False) -> GemmConfig:
-    """The configuration of base layers for `num_tokens` rows on CUDA device `device`.
+def gemm_config(num_tokens: int, columns: int, width: int, device: int | None = None) -> GemmConfig:
+    """The configuration of a base layer [columns, width] for `num_tokens` rows on CUDA device `device`.
 
-    `width`, the smaller of a weight's two sizes, is the same for all layers of a model: its hidden size. The entries of
-    the nearest width count. `head` is the product with a vocabulary, which may have entries of its own.
+    The entries of this very shape count together with those of the model, which by the nearest hidden size are for any
+    shape: the smaller of a weight's two sizes is taken for that. The product with a vocabulary has the latter of its
+    own. An entry for the next more rows goes first, and of two for the same rows that of the shape.
     """
-    widths = {} if device is None else _gemm_table(device, head)
-    nearest = min(widths, key=lambda known: abs(math.log2(known / width)), default=0)
-    return _choose(widths.get(nearest, {}), "gemm", DEFAULT_GEMM, num_tokens)
+    tables = {} if device is None else _gemm_table(device)
+    of_head = tables.get("head") if columns >= _HEAD_RATIO * width else None
+    widths = of_head or tables.get("configs", {})
+    size = min(columns, width)
+    nearest = min(widths, key=lambda known: abs(math.log2(int(known) / size)), default="")
+    of_shape = tables.get("shapes", {}).get(f"{columns}x{width}", {})
+    return _choose(widths.get(nearest, {}) | of_shape, "gemm", DEFAULT_GEMM, num_tokens)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -255,6 +262,7 @@ def launch_options(pdl: bool, registers: int = 0) -> dict[str, int | bool]:
 
 
 _LARGEST = 1 << 30
+_HEAD_RATIO = 16  # so many times more columns than width has a vocabulary's weight, and no layer's
 OVERRIDE = "LORAX_{kind}_CONFIG"
 """Environment variables, such as LORAX_LORA_CONFIG, with fields of a configuration as JSON that go before every table:
 for comparing, not for use."""
@@ -298,11 +306,15 @@ def _table(device: int, kind: str) -> dict[int, dict[str, Any]]:
 
 
 @functools.cache
-def _gemm_table(device: int, head: bool) -> dict[int, dict[int, dict[str, Any]]]:
-    """By width and rows: {"configs": {width: {rows: entry}}, "head": the same}, where "head" may be missing."""
+def _gemm_table(device: int) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """{"configs": {width: {rows: entry}}, "head": the same, "shapes": {"COLUMNSxWIDTH": {rows: entry}}}; any may be
+    missing."""
     file = _read(device, "gemm")
-    widths = (head and file.get("head")) or file.get("configs", {})
-    return {int(w): {int(rows): entry for rows, entry in sizes.items()} for w, sizes in widths.items()}
+    return {
+        part: {key: {int(rows): entry for rows, entry in sizes.items()} for key, sizes in file[part].items()}
+        for part in ("configs", "head", "shapes")
+        if part in file
+    }
 
 
 @functools.cache

@@ -27,6 +27,7 @@ CONFIGS = {
     "long": replace(EARLY, block_n=16, block_k=512, stages=2, ahead=2),
     "swapped": replace(EARLY, block_n=64, swap=True),
     "swapped split": replace(EARLY, block_n=128, block_k=64, split_k=8, swap=True),
+    "exact": replace(EARLY, block_n=64, block_k=64, split_k=6, exact=True),
     "swapped by 8 warps": replace(EARLY, block_n=128, stages=5, warps=8, split_k=2, swap=True),
 }
 
@@ -152,7 +153,7 @@ def test_the_environment_chooses_the_kernel(rows: int, monkeypatch: pytest.Monke
     tuning.forget_configs()
     got = lorax_kernels.linear(x, weight, bias)
     check(got, x, weight, bias)
-    chosen = tuning.gemm_config(rows, 96, 0)
+    chosen = tuning.gemm_config(rows, 96, 576, 0)
     monkeypatch.undo()
     tuning.forget_configs()
     assert rows > 32 or torch.equal(got, skinny_linear(x, weight, bias, chosen))

@@ -30,7 +30,7 @@ def _fresh_configs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_device_without_a_table_gets_the_defaults() -> None:
     assert lora_config(32, True) == DEFAULT
     assert node_config() == DEFAULT_NODE
-    assert gemm_config(1, 4096).kernel == "blas"
+    assert gemm_config(1, 6144, 4096).kernel == "blas"
     assert prefill_config(8192, 4096, 4096).kernel == "blas"
 
 
@@ -48,12 +48,29 @@ def test_a_table_goes_by_the_next_larger_batch_and_the_environment_goes_before_i
 def test_products_go_by_the_nearest_width_and_a_vocabulary_by_its_own_entries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    entries = {2048: {1: {"block_n": 4}}, 4096: {1: {"block_n": 8}, 16: {"block_n": 64}}}
-    heads = {4096: {16: {"block_n": 128}}}
-    monkeypatch.setattr(tuning, "_gemm_table", lambda device, head: heads if head else entries)
+    entries = {"2048": {1: {"block_n": 4}}, "4096": {1: {"block_n": 8}, 16: {"block_n": 64}}}
+    tables = {"configs": entries, "head": {"4096": {16: {"block_n": 128}}}}
+    monkeypatch.setattr(tuning, "_gemm_table", lambda device: tables)
     asked = [(1, 1024), (1, 2880), (1, 2912), (2, 8192), (32, 4096), (32, 2048)]
-    assert [gemm_config(rows, width, 0).block_n for rows, width in asked] == [4, 4, 8, 64, 64, 4]
-    assert gemm_config(1, 2048, 0, head=True).block_n == 128
+    assert [gemm_config(rows, 3 * width, width, 0).block_n for rows, width in asked] == [4, 4, 8, 64, 64, 4]
+    assert gemm_config(1, 4096, 14336, 0).block_n == 8, "by the smaller of both sizes"
+    assert gemm_config(1, 32000, 2048, 0).block_n == 4
+    assert gemm_config(1, 32768, 2048, 0).block_n == 128
+    del tables["head"]
+    tuning.forget_configs()
+    assert gemm_config(1, 32768, 2048, 0).block_n == 4
+
+
+def test_a_shapes_own_entry_goes_before_that_of_the_width_unless_it_is_for_more_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    widths = {"4096": {2: {"block_n": 16}, 32: {"block_n": 128}}}
+    shapes = {"6144x4096": {24: {"block_n": 32}, 32: {"block_n": 64}}, "128256x4096": {2: {"block_n": 256}}}
+    tables = {"configs": widths, "head": {"4096": {2: {"block_n": 8}}}, "shapes": shapes}
+    monkeypatch.setattr(tuning, "_gemm_table", lambda device: tables)
+    assert [gemm_config(rows, 6144, 4096, 0).block_n for rows in (1, 2, 3, 24, 25)] == [16, 16, 32, 32, 64]
+    assert [gemm_config(rows, 4096, 6144, 0).block_n for rows in (2, 3)] == [16, 128]
+    assert gemm_config(2, 128256, 4096, 0).block_n == 256
 
 
 def test_products_of_many_rows_are_ours_only_where_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +97,8 @@ def test_the_tables_that_come_with_the_kernels_can_be_read(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     tuned = capability == (9, 0)
     tuning._gemm_table.cache_clear()
-    for rows, head in ((1, False), (8, True), (32, False)):
-        assert (gemm_config(rows, 4096, 0, head).kernel == "triton") == tuned
+    for rows, columns in ((1, 6144), (8, 128256), (32, 6144)):
+        assert (gemm_config(rows, columns, 4096, 0).kernel == "triton") == tuned
     tuning._gemm_table.cache_clear()
 
 

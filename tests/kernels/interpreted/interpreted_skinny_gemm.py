@@ -20,6 +20,7 @@ CONFIGS = {
     "two stages": GemmConfig(block_n=32, block_k=64, stages=2),
     "split": GemmConfig(block_n=64, block_k=64, split_k=4),
     "swapped": GemmConfig(block_n=64, block_k=128, swap=True),
+    "exact": GemmConfig(block_n=32, block_k=128, split_k=3, exact=True),
     "swapped split": GemmConfig(block_n=64, block_k=32, split_k=4, swap=True),
 }
 
@@ -89,6 +90,18 @@ def test_a_norm_sums_the_planes_of_a_split_product(dtype: torch.dtype) -> None:
         fused_triton.rms_norm(before, scale, 1e-5, planes.half())
 
 
+@pytest.mark.usefixtures("_split")
+def test_a_configuration_that_is_given_goes_before_the_table() -> None:
+    x, weight = torch.randn(2, 256), torch.randn(64, 256) / 16
+    exact = GemmConfig(kernel="triton", block_n=64, block_k=64, split_k=2, exact=True, swap=True)
+    assert begin_linear(x, weight).dim() == 3
+    assert begin_linear(x, weight, None, exact).shape == (2, 2, 64)
+    assert begin_linear(x, weight, None, replace(exact, fuse_sum=False)).shape == (2, 64)
+    assert linear_silu(x, weight, None, exact) is None
+    assert linear_silu(x, weight, None, replace(exact, split_k=1)) is not None
+    assert torch.equal(linear(x, weight, None, GemmConfig()), x @ weight.T)
+
+
 def test_a_row_does_not_depend_on_the_others() -> None:
     x, weight = torch.randn(16, 256), torch.randn(64, 256)
     config = GemmConfig(block_k=64)
@@ -132,3 +145,9 @@ def test_small_layers_get_narrower_programs_or_splits() -> None:
     assert share(4096, 4096, plain, 132) == (32, 1)
     assert share(14336, 4096, split, 132) == (64, 2)
     assert share(512, 16, split, 132) == (16, 1)
+
+
+def test_an_exact_share_is_not_changed_by_the_multiprocessors() -> None:
+    exact = GemmConfig(block_n=64, block_k=128, split_k=6, exact=True)
+    for width, columns, splits in ((2048, 3072, 6), (4096, 28672, 6), (512, 16, 4)):
+        assert share(width, columns, exact, 132) == (64, splits)
