@@ -113,11 +113,12 @@ def begin_lora_linear(
     batch: LoraBatch,
     out_slices: tuple[int, ...],
 ) -> tuple[torch.Tensor, Delta | None]:
-    """`lora_linear` for a caller that gives the result to `silu_mul`, if it has two slices, or to `rms_norm`, and to
-    nothing else: these may add the deltas on the way. For `rms_norm` it may be planes, as in `begin_linear`.
+    """`lora_linear` for a caller that gives the result to `rms_norm`, if it has one slice, with two to `silu_mul`, with
+    three to `rope_and_cache`, and to nothing else: the first two may add the deltas on the way, and for the first and
+    the last it may be planes, as in `begin_linear`.
 
     Returns:
-        [T, out], and the deltas that it lacks, to be given along with it; None if it lacks none.
+        [T, out], and the deltas that it lacks, to be given along with it; None if it lacks none, as with three slices.
     """
     if _uses_triton(x):
         from lorax_kernels import expand_nodes

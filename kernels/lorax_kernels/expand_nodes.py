@@ -11,7 +11,7 @@ import torch
 
 from lorax_kernels.expand_node_kernels import norm_expand_kernel, silu_expand_kernel
 from lorax_kernels.fused_triton import num_planes, silu_mul
-from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, linear_of_row, num_sms, work_of
+from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, linear_in_product, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import cdiv, next_power_of_2
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
@@ -40,21 +40,22 @@ def begin_linear(
     out_slices: tuple[int, ...],
     config: LoraConfig | None = None,
 ) -> tuple[torch.Tensor, Delta | None]:
-    """`lorax_kernels.begin_lora_linear` on a device: with two slices for `silu_mul`, else for `rms_norm`.
-
-    What goes to `rms_norm` may be planes, see there.
+    """`lorax_kernels.begin_lora_linear` on a device: with one slice for `rms_norm`, with two for `silu_mul`, with three
+    for `rope_and_cache`. What does not go to `silu_mul` may be planes, see there.
 
     The work lists of prefill are cut for other kernels, and beyond `DECODE_MAX_TOKENS` rows reading B for every row
     costs more than a launch.
     """
     work = work_of(batch)
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
-    whole = linear_of_row(x, layer, weights, work, out_slices, config)
-    if whole is not None:
-        return whole, None
-    fuses = config.fuse_silu if len(out_slices) == 2 else config.fuse_norm
+    fuses = (config.fuse_norm, config.fuse_silu, False)[len(out_slices) - 1]
     fuses = fuses and work.shape.decode and work.num_tokens <= DECODE_MAX_TOKENS
     before_norm = fuses and len(out_slices) == 1
+    if work.num_tokens == 1 or not before_norm:
+        planes = len(out_slices) != 2
+        whole = linear_in_product(x, layer, weights, work, out_slices, config, planes=planes)
+        if whole is not None:
+            return whole, None
     out, h = linear_and_shrink(x, layer, weights[0], work, config, planes=before_norm)
     delta = Delta(h, weights[1], work, out_slices)
     if fuses:
@@ -74,7 +75,7 @@ def linear_silu(
     """`lorax_kernels.lora_linear_silu_mul` on a device."""
     work = work_of(batch)
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
-    whole = linear_of_row(x, layer, weights, work, out_slices, config, silu=True)
+    whole = linear_in_product(x, layer, weights, work, out_slices, config, silu=True)
     if whole is not None:
         return whole
     out, delta = begin_linear(x, layer, weights, batch, out_slices, config)

@@ -23,7 +23,7 @@ from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.sizes import next_power_of_2
-from lorax_kernels.skinny_gemm import RowDelta, does_silu, row_config, skinny_linear
+from lorax_kernels.skinny_gemm import ProductDelta
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
 
@@ -55,6 +55,7 @@ def num_sms(index: int | None) -> int:
 
 def allocate_planes(a: torch.Tensor, work: LoraWork, config: LoraConfig) -> torch.Tensor:
     """Memory for h of a site with `a` [P, S, 8, in]; every element that expand reads is written by shrink."""
+    config = config.for_input(a.shape[3])
     splits = 1 << config.split_shift if work.shape.decode else config.prefill_splits
     width = work.max_pages * a.shape[1] * PAGE_RANK
     return torch.empty(splits, work.capacity.rows, width, dtype=torch.float32, device=a.device)
@@ -79,9 +80,8 @@ def shrink(
         raise ValueError(
             f"shrink: x {tuple(x.shape)} and a {tuple(a.shape)} do not fit or are not contiguous in rows"
         )
-    config = (config or lora_config(work.num_tokens, work.shape.decode, x.device.index)).for_itemsize(
-        x.element_size()
-    )
+    config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
+    config = config.for_itemsize(x.element_size()).for_input(in_features)
     columns = slices * PAGE_RANK
     at = work.capacity
     if planes is None:
@@ -173,7 +173,7 @@ def linear(
     """`lorax_kernels.lora_linear` on a device."""
     work = work_of(batch)
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
-    whole = linear_of_row(x, layer, weights, work, out_slices, config)
+    whole = linear_in_product(x, layer, weights, work, out_slices, config)
     if whole is not None:
         return whole
     out, h = linear_and_shrink(x, layer, weights[0], work, config)
@@ -181,25 +181,31 @@ def linear(
     return out
 
 
-def linear_of_row(
+def linear_in_product(
     x: torch.Tensor,
     layer: tuple[torch.Tensor, torch.Tensor | None],
     weights: tuple[torch.Tensor, torch.Tensor],
     work: LoraWork,
     out_slices: tuple[int, ...],
     config: LoraConfig,
+    *,
     silu: bool = False,
+    planes: bool = False,
 ) -> torch.Tensor | None:
-    """The base layer's output for a single row with its delta, in two launches: shrink, and a product that adds h B,
-    and with `silu` does `silu_mul`. None where the configuration, the number of rows or the tables want another way."""
-    if not config.one_row_in_product or not work.shape.decode or work.num_tokens != 1:
+    """The base layer's output of a few rows with their deltas, in two launches: shrink, and a product that adds h B,
+    and with `silu` does `silu_mul`. With `planes` the output may be some, as `skinny_gemm.begin_linear` gives them.
+    None where the configuration, the number of rows or the tables want another way."""
+    wanted = config.one_row_in_product if work.num_tokens == 1 else config.rows_in_product
+    if not wanted or not work.shape.decode:
         return None
-    product = row_config(x, layer[0])
-    if product is None or (silu and not does_silu(x, layer[0], product)):
+    product = skinny_gemm.config_with_delta(x, layer[0])
+    if product is None or (silu and not skinny_gemm.does_silu(x, layer[0], product)):
         return None
     h = shrink(x, weights[0], work, _launched_early(config) if product.pdl else config)
-    delta = RowDelta(h.planes, h.splits, weights[1], work, out_slices)
-    return skinny_linear(x, *layer, product, delta, silu)
+    delta = ProductDelta(h.planes, h.splits, weights[1], work, out_slices, config.product_group)
+    if planes:
+        return skinny_gemm.begin_linear(x, *layer, product, delta)
+    return skinny_gemm.skinny_linear(x, *layer, product, delta, silu)
 
 
 @functools.cache

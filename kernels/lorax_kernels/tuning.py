@@ -34,7 +34,12 @@ class LoraConfig:
     thread at most and `fuse_waves` programs a multiprocessor.
 
     With `one_row_in_product` the product of a single row adds the delta itself, where a Triton kernel computes it
-    (`GemmConfig`); this goes before `overlap` and before leaving deltas to nodes.
+    (`GemmConfig`); this goes before `overlap` and before leaving deltas to nodes. With `rows_in_product` so does the
+    product of 2 to 32 rows, except where `fuse_norm` leaves the delta to a norm; `product_group` row blocks of 16 rows
+    of B are one step there.
+
+    An input of `long_input` elements and more, none with 0, is read `long_block_k` at a time by a single row and split
+    into up to 2**`long_split_shift` parts, until there are about 2**`long_target_log2` pieces.
     """
 
     block_k: int = 512
@@ -52,6 +57,12 @@ class LoraConfig:
     pdl: bool = False
     overlap: str = "none"
     one_row_in_product: bool = False
+    rows_in_product: bool = False
+    product_group: int = 4
+    long_input: int = 0
+    long_block_k: int = 1024
+    long_split_shift: int = 4
+    long_target_log2: int = 10
     fuse_norm: bool = False
     fuse_silu: bool = False
     fuse_pdl: bool = False
@@ -71,12 +82,28 @@ class LoraConfig:
         """The tables are for two-byte elements; wider ones get smaller tiles, so that they fit in registers."""
         return self if itemsize <= 2 else _narrowed(self)
 
+    def for_input(self, in_features: int) -> LoraConfig:
+        """With the fields for long inputs in the place of the others, if this is one."""
+        return _lengthened(self) if self.long_input and in_features >= self.long_input else self
+
+
+@functools.cache
+def _lengthened(config: LoraConfig) -> LoraConfig:
+    return replace(
+        config,
+        block_k=config.long_block_k,
+        split_shift=config.long_split_shift,
+        target_log2=config.long_target_log2,
+        long_input=0,
+    )
+
 
 @functools.cache
 def _narrowed(config: LoraConfig) -> LoraConfig:
     return replace(
         config,
         block_k=max(128, config.block_k // 2),
+        long_block_k=max(128, config.long_block_k // 2),
         row_n=config.row_n // 2,
         block_n=max(32, config.block_n // 2),
         fuse_row_n=config.fuse_row_n // 2,

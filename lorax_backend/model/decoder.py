@@ -68,7 +68,7 @@ class LoraSiteView:
     def begin(
         self, linear: Linear, x: torch.Tensor, batch: LoraBatch | None
     ) -> tuple[torch.Tensor, Delta | None]:
-        """`project` for the next norm, which may have to add the deltas, and sum planes."""
+        """`project` for the next norm, which may have to add the deltas, and sum planes; or for the rotation."""
         if batch is None:
             return linear.begin(x), None
         if linear.weight is None:
@@ -170,8 +170,8 @@ class Decoder:
                     self.weights.layers[index - 1].down, active, lora.down
                 )
             normed, x = rms_norm(x, layer.input_norm, eps, block, delta)
-            if planes and lora.qkv is None:
-                qkv = layer.qkv.begin(normed)
+            if planes:
+                qkv, _ = sites["qkv"].begin(layer.qkv, normed, lora.qkv)
             else:
                 qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
             attended = self._attend(index, qkv, positions, attention, cache)

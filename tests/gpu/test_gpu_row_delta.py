@@ -19,7 +19,7 @@ from lora_cases import LoraCase, expected_delta, make_lora_case, poison_new_tens
 
 import lorax_kernels
 from lorax_kernels import LoraBatch, WorkBuffer, tuning
-from lorax_kernels.lora_triton import linear, linear_of_row, work_of
+from lorax_kernels.lora_triton import linear, linear_in_product, work_of
 from lorax_kernels.tuning import GemmConfig, LoraConfig
 
 pytestmark = [
@@ -83,7 +83,7 @@ def test_it_is_the_product_and_then_expand(
     layer = base_layer(case)
     if not PRODUCTS[product].pdl:
         poison_new_tensors(monkeypatch)
-    got = linear_of_row(case.x, layer, (case.a, case.b), work_of(batch), case.out_slices, WITHIN)
+    got = linear_in_product(case.x, layer, (case.a, case.b), work_of(batch), case.out_slices, WITHIN)
     assert got is not None
     check(got, case, layer, batch)
 
@@ -106,7 +106,7 @@ def test_one_graph_runs_every_adapter_and_none(dtype: torch.dtype, product: str)
         hidden, residual, made = start, start, []
         for layer in bases:
             x, residual = lorax_kernels.rms_norm(hidden, norm, 1e-5, residual)
-            whole = linear_of_row(x, layer, (case.a, case.b), work_of(batch), case.out_slices, WITHIN)
+            whole = linear_in_product(x, layer, (case.a, case.b), work_of(batch), case.out_slices, WITHIN)
             assert whole is not None
             hidden = whole
             made.append((x, hidden))
