@@ -2,14 +2,19 @@
 """Measures the base layers of decode steps with few rows on one GPU: cuBLAS against the Triton kernels.
 
     python perf/kernels_gemm.py                       # cuBLAS, and what the table says
-    python perf/kernels_gemm.py --model 8b,1b --tune --jobs 14      # search, and write gemm_sm90.json to --out
-    python perf/kernels_gemm.py --model 1b --rows 1,8
+    python perf/kernels_gemm.py --model 8b,1b --tune --rep 8 --jobs 14     # search, and write gemm_sm90.json to --out
+    python perf/kernels_gemm.py --model 1b --tune --parts sites --rows 24,32 --sites qkv,o --rep 8 --jobs 14
 
-A measurement is the replay of one CUDA graph with eight layers of different weights, each a chain of norm, qkv, o,
-norm, gate_up, SiLU and multiplication, and down, launched as a step launches them: attention and rope are left out.
-The product with the vocabulary is searched by itself, on two weights in turn, and the table is by width and rows. Every
-choice is first checked against float64 on every layer shape; one that is wrong or fails is left out, and why is
-printed. GB/s counts the weights alone, the small kernels' time with them.
+A measurement is the replay of one CUDA graph with eight layers of different weights, launched as the decoder launches
+them, without attention (`gemm_chain.py`). The search has three parts. `layers` looks for the configuration that is best
+for all four weights of a layer, and `head` for that of the product with the vocabulary, on two weights in turn: these
+are entries by hidden size and rows. `sites` then goes from weight to weight, and looks for what is best for it while
+the other three stay as they are; it begins with what was best for all, or, without the first part, with what the
+table says. Its entries are by shape and rows, and go before the others. The table that is written is the one that
+comes with the kernels, with what was found in its place.
+
+Every choice is first checked against float64 on every weight that it is for; one that is wrong or fails is left out,
+and why is printed. GB/s counts the weights alone, the small kernels' time with them.
 """
 
 from __future__ import annotations
@@ -20,8 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,290 +33,291 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "perf")]
 
 import torch
-import triton
 from environment import environment
-from kernels_timing import graph_us
-from torch.nn.functional import linear
+from gemm_chain import MODELS, Configs, Head, Model, Reference, shapes_of
+from gemm_choices import SITES, choices, shown, site_choices
+from gemm_table import Table
 
-from lorax_kernels.fused_triton import rms_norm, silu_mul
-from lorax_kernels.skinny_gemm import skinny_linear
 from lorax_kernels.tuning import DEFAULT_GEMM, GemmConfig, forget_configs, gemm_config
 
-MODELS = {"8b": (4096, 14336, 6144, 128256), "1b": (2048, 8192, 3072, 128256)}
-"""Widths: hidden, inner of the MLP, queries with keys and values, vocabulary."""
 LAYERS = 8
 ROWS = (1, 2, 4, 8, 16, 24, 32)
-_EPS = 1e-5
+PARTS = ("layers", "head", "sites")
 _TOLERANCE = 1e-2
-_FIELDS = ("block_n", "block_k", "stages", "warps", "split_k", "ahead")
-_ONE_ROW = (
-    (4, 4096, 1, 4, 1, 0), (4, 2048, 1, 4, 1, 0), (4, 2048, 2, 4, 1, 0), (2, 4096, 1, 4, 1, 0), (8, 1024, 2, 4, 1, 0),
-    (8, 2048, 1, 4, 1, 0), (8, 2048, 1, 8, 1, 0), (8, 1024, 1, 4, 1, 0), (16, 1024, 1, 4, 1, 0), (16, 1024, 1, 8, 1, 0),
-    (16, 512, 2, 4, 1, 0), (4, 1024, 2, 2, 1, 0), (4, 1024, 1, 2, 1, 0), (2, 2048, 2, 2, 1, 0), (2, 2048, 1, 2, 1, 0),
-    (4, 4096, 1, 8, 1, 0), (4, 2048, 1, 2, 1, 0),
-)  # fmt: skip
-_TO_16 = (
-    (32, 256, 6, 4, 1, 6), (32, 256, 4, 4, 1, 4), (32, 256, 5, 4, 1, 6), (32, 256, 7, 4, 1, 6), (32, 256, 8, 4, 1, 8),
-    (32, 256, 6, 4, 1, 4), (32, 256, 6, 4, 1, 8), (32, 256, 6, 8, 1, 6), (32, 256, 6, 2, 1, 6), (32, 256, 6, 4, 2, 6),
-    (32, 128, 8, 4, 1, 8), (32, 128, 10, 4, 1, 8), (32, 128, 12, 4, 1, 8), (32, 512, 4, 4, 1, 4), (16, 512, 3, 4, 1, 2),
-    (16, 512, 4, 2, 1, 4), (16, 512, 5, 2, 1, 4), (16, 512, 4, 1, 1, 4), (16, 512, 6, 4, 1, 4), (16, 256, 4, 2, 1, 4),
-    (16, 256, 6, 2, 1, 6), (16, 256, 8, 2, 1, 8), (16, 256, 6, 1, 1, 6), (64, 128, 8, 4, 2, 8), (64, 256, 5, 8, 2, 4),
-)  # fmt: skip
-_TO_32 = (
-    (128, 128, 4, 8, 4, 4), (128, 128, 5, 8, 4, 4), (128, 128, 4, 8, 2, 4), (128, 128, 4, 8, 8, 4),
-    (128, 128, 4, 4, 4, 4), (128, 128, 4, 8, 4, 8), (128, 64, 8, 8, 4, 8), (64, 128, 6, 4, 4, 8), (64, 128, 6, 8, 4, 8),
-    (64, 128, 6, 4, 2, 8), (64, 128, 6, 4, 8, 8), (64, 128, 8, 4, 4, 8), (64, 128, 5, 4, 4, 6), (64, 256, 4, 8, 2, 4),
-    (64, 256, 4, 8, 4, 4), (64, 256, 4, 4, 4, 4), (32, 256, 6, 4, 1, 6), (32, 256, 6, 4, 2, 6), (32, 256, 5, 4, 1, 6),
-    (32, 128, 8, 4, 1, 8), (32, 128, 10, 4, 1, 8), (16, 256, 6, 2, 1, 6), (16, 512, 4, 2, 1, 4),
-)  # fmt: skip
-_HEAD = {
-    1: ((4, 4096, 1, 4, 1, 0), (8, 1024, 2, 4, 1, 0), (8, 2048, 1, 4, 1, 0), (4, 2048, 2, 4, 1, 0),
-        (2, 4096, 1, 4, 1, 0), (16, 512, 2, 4, 1, 0), (16, 1024, 1, 4, 1, 0)),
-    16: ((32, 256, 6, 4, 1, 6), (32, 256, 4, 4, 1, 4), (64, 128, 6, 4, 1, 8), (64, 256, 4, 8, 1, 4),
-         (32, 128, 8, 4, 1, 8), (16, 512, 4, 2, 1, 4), (128, 64, 6, 4, 1, 8), (128, 128, 4, 8, 1, 4)),
-    32: ((128, 128, 4, 8, 1, 4), (32, 256, 6, 4, 1, 6), (64, 128, 6, 4, 1, 8), (64, 128, 8, 8, 1, 8),
-         (64, 256, 4, 8, 1, 4), (128, 64, 8, 8, 1, 8), (32, 128, 10, 4, 1, 8)),
-}  # fmt: skip
-"""For the product with the vocabulary, by the most rows that a kernel is compiled for."""
+_KEPT = 8  # of the configurations for all weights, so many are tried for each
+_LEAST_GAIN = 0.997
+_FIXED_MS = 25.0  # of a measurement, besides its repetitions
 
 
-def choices(rows: int, head: bool = False) -> list[GemmConfig]:
-    """What is tried for a number of rows; the first once more without starting early."""
-    if head:
-        listed = _HEAD[1 if rows == 1 else 16 if rows <= 16 else 32]
-    else:
-        listed = _ONE_ROW if rows == 1 else _TO_16 if rows <= 16 else _TO_32
-    made = [
-        GemmConfig(kernel="triton", pdl=True, **dict(zip(_FIELDS, values, strict=True))) for values in listed
-    ]
-    return [*made, GemmConfig(**{**asdict(made[0]), "pdl": False})]
+class Search:
+    """What is measured of one model."""
 
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name, self.rep, self.sites = name, args.rep, args.sites
+        self.model = Model(name, LAYERS)
+        self.head = Head(self.model)
+        self.log: list[dict[str, Any]] = []
 
-class Model:
-    """`layers` layers of a model's base weights, bfloat16."""
+    def measure(
+        self, model: Model | Head, rows: int, tried: Configs, others: Configs, reference: Reference
+    ) -> dict[str, Any]:
+        """One choice for some weights: its time, or why there is none."""
+        config = next(iter(tried.values()))
+        site = next(iter(tried)) if len(tried) == 1 else "all"
+        found: dict[str, Any] = {"rows": rows, "site": site, **asdict(config)}
+        try:
+            found["error"] = reference.error(tried)
+            if found["error"] > _TOLERANCE:
+                found["failed"] = "wrong"
+            else:
+                found["layer_us"] = model.layer_us(rows, {**others, **tried}, self.rep)
+                found["gbs"] = model.layer_bytes / found["layer_us"] / 1e3
+        except Exception as error:  # a choice that does not fit the device costs only itself
+            found["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+        self.log.append(found)
+        print(line(found), flush=True)
+        return found
 
-    def __init__(self, name: str, layers: int) -> None:
-        hidden, inner, self.qkv, self.vocabulary = MODELS[name]
-        self.hidden, self.inner = hidden, inner
-        shapes = ((self.qkv, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner))
-        torch.manual_seed(0)
-        self.layers = [[_weight(*shape) for shape in shapes] for _ in range(layers)]
-        self.norm = torch.ones(hidden, dtype=torch.bfloat16, device="cuda")
-        self.layer_bytes = sum(w.numel() * w.element_size() for w in self.layers[0])
+    def ranked(
+        self, model: Model | Head, rows: int, configs: list[GemmConfig]
+    ) -> list[tuple[float, GemmConfig]]:
+        """Each configuration for all weights alike, the best first."""
+        reference = Reference(model, rows)
+        timed = []
+        for config in configs:
+            found = self.measure(model, rows, dict.fromkeys(model.shapes, config), {}, reference)
+            if "layer_us" in found:
+                timed.append((found["layer_us"], config))
+        return sorted(timed, key=lambda each: each[0])
 
-    def chain(self, rows: int, config: GemmConfig) -> Callable[[], torch.Tensor]:
-        """All layers, one after the other."""
-        start = torch.randn(rows, self.hidden, device="cuda").bfloat16()
+    def by_site(self, rows: int, start: Configs, best: list[GemmConfig]) -> dict[str, GemmConfig]:
+        """From `start`, the best for one weight after the other while the others stay."""
+        reference = Reference(self.model, rows)
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        chosen = dict(start)
+        for site in self.sites:
+            tried = site_choices(rows, site, self.model.shapes[site], sms, [chosen[site], *best])
+            us = {}
+            for config in tried:
+                found = self.measure(self.model, rows, {site: config}, chosen, reference)
+                us[config] = found.get("layer_us", float("inf"))
+            winner = min(us, key=us.__getitem__)
+            if winner.kernel == "triton" and site != "gate_up" and rows > 1:
+                apart = replace(winner, fuse_sum=False)
+                found = self.measure(self.model, rows, {site: apart}, chosen, reference)
+                us[apart] = found.get("layer_us", float("inf"))
+                winner = min(winner, apart, key=us.__getitem__)
+            if us[winner] < us[chosen[site]] * _LEAST_GAIN:
+                chosen[site] = winner
+        return chosen
 
-        def call() -> torch.Tensor:
-            x, residual = start, start
-            for qkv, o, gate_up, down in self.layers:
-                y, residual = rms_norm(x, self.norm, _EPS, residual)
-                x = product(product(y, qkv, config)[:, : self.hidden], o, config)
-                y, residual = rms_norm(x, self.norm, _EPS, residual)
-                x = product(silu_mul(product(y, gate_up, config)), down, config)
-            return x
-
-        return call
-
-    def layer_us(self, rows: int, config: GemmConfig, rep: int) -> float:
-        """Microseconds a layer."""
-        return graph_us([self.chain(rows, config)], rep) / len(self.layers)
-
-
-class Head:
-    """The weight of the product with the vocabulary, twice: one alone might stay in L2."""
-
-    def __init__(self, model: Model) -> None:
-        self.layers = [[_weight(model.vocabulary, model.hidden)] for _ in range(2)]
-        self.layer_bytes = self.layers[0][0].numel() * self.layers[0][0].element_size()
-
-    def layer_us(self, rows: int, config: GemmConfig, rep: int) -> float:
-        """Microseconds a product."""
-        x = torch.randn(rows, self.layers[0][0].shape[1], device="cuda").bfloat16()
-        calls = [lambda weight=weight: product(x, weight, config) for (weight,) in self.layers]
-        return graph_us(calls, rep)  # type: ignore[arg-type]
-
-
-def _weight(columns: int, width: int) -> torch.Tensor:
-    return torch.empty(columns, width, dtype=torch.bfloat16, device="cuda").normal_(0, width**-0.5)
-
-
-def product(x: torch.Tensor, weight: torch.Tensor, config: GemmConfig) -> torch.Tensor:
-    """x @ weight.T as `config` says."""
-    return linear(x, weight) if config.kernel == "blas" else skinny_linear(x, weight, None, config)
-
-
-class Reference:
-    """Inputs of one number of rows for every layer shape, and their products in float64."""
-
-    def __init__(self, model: Model | Head, rows: int) -> None:
-        self.cases = []
-        for weight in model.layers[0]:
-            x = torch.randn(rows, weight.shape[1], device="cuda").bfloat16()
-            self.cases.append((x, weight, x.double() @ weight.double().T))
-
-    def error(self, config: GemmConfig) -> float:
-        """The largest relative error of the products."""
-        errors = [
-            float((product(x, weight, config).double() - want).norm() / want.norm())
-            for x, weight, want in self.cases
+    def compared(self, rows: int, start: Configs, chosen: Configs) -> tuple[float, float]:
+        """Microseconds a layer of both, measured in turns and longer than in the search."""
+        turns = [
+            [self.model.layer_us(rows, configs, 2 * self.rep) for configs in (start, chosen)]
+            for _ in range(3)
         ]
-        return max(error if error == error else float("inf") for error in errors)
+        before, after = (sorted(times)[1] for times in zip(*turns, strict=True))
+        return before, after
 
 
-def measure(
-    model: Model | Head, rows: int, config: GemmConfig, reference: Reference, rep: int
-) -> dict[str, Any]:
-    """One choice: its time, or why there is none."""
-    found: dict[str, Any] = {"rows": rows, **asdict(config)}
-    try:
-        found["error"] = reference.error(config)
-        if found["error"] > _TOLERANCE:
-            return found | {"failed": "wrong"}
-        found["layer_us"] = model.layer_us(rows, config, rep)
-        found["gbs"] = model.layer_bytes / found["layer_us"] / 1e3
-    except Exception as error:  # a choice that does not fit the device costs only itself
-        return found | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-    return found
-
-
-def shown(result: dict[str, Any]) -> str:
+def line(result: dict[str, Any]) -> str:
     """One line."""
-    what = result["kernel"]
-    if what != "blas":
-        what = ",".join(str(result[name]) for name in _FIELDS) + (" early" if result["pdl"] else "")
+    config = GemmConfig(**{name: result[name] for name in asdict(DEFAULT_GEMM)})
+    start = f"rows {result['rows']:3d}  {result['site']:8s} {shown(config):36s}"
     if "failed" in result:
-        return f"rows {result['rows']:3d}  {what:28s} {result['failed']}"
+        return f"{start} {result['failed']}"
     return (
-        f"rows {result['rows']:3d}  {what:28s} {result['layer_us']:7.1f} us/layer {result['gbs']:6.0f} GB/s"
-        f"  error {result['error']:.1e}"
+        f"{start} {result['layer_us']:7.1f} us/layer {result['gbs']:6.0f} GB/s  error {result['error']:.1e}"
     )
 
 
-def search(
-    model: Model | Head, rows: int, rep: int, log: list[dict[str, Any]], tune: bool
-) -> tuple[GemmConfig, dict[str, Any]]:
-    """The best configuration for a number of rows, and what was measured of it and of cuBLAS."""
-    reference = Reference(model, rows)
-    head = isinstance(model, Head)
-    table = gemm_config(rows, model.layers[0][0].shape[1], torch.cuda.current_device(), head)
-    others = choices(rows, head) if tune else [table] if table.kernel != "blas" else []
-    results = []
-    for config in [DEFAULT_GEMM, *others]:
-        results.append(measure(model, rows, config, reference, rep) | {"head": head})
-        print(shown(results[-1]), flush=True)
-    log += results
-    timed = [result for result in results if "layer_us" in result]
-    best = min(timed, key=lambda result: result["layer_us"])
-    print(f"best {shown(best)}", flush=True)
-    config = GemmConfig(**{name: best[name] for name in asdict(DEFAULT_GEMM)})
-    return config, {"rows": rows, "head": head, "blas_us": results[0].get("layer_us"), "best": best}
+def table_configs(model: Model | Head, rows: int) -> dict[str, GemmConfig]:
+    """What the table says of every weight."""
+    device = torch.cuda.current_device()
+    return {site: gemm_config(rows, *shape, device) for site, shape in model.shapes.items()}
 
 
-def warm(models: list[str], share: str) -> None:
+def look(search: Search, rows: int) -> dict[str, Any]:
+    """cuBLAS, and what the table says."""
+    found: dict[str, Any] = {"rows": rows}
+    for part, model in (("layers", search.model), ("head", search.head)):
+        print(f"{search.name}: {part}", flush=True)
+        blas = dict.fromkeys(model.shapes, DEFAULT_GEMM)
+        table = table_configs(model, rows)
+        found[part] = {}
+        for name, configs in (("blas", blas), ("table", table)):
+            us = model.layer_us(rows, configs, search.rep)
+            wrong = Reference(model, rows).error(configs)
+            found[part][name] = {
+                "us": us,
+                "error": wrong,
+                "configs": {s: asdict(c) for s, c in configs.items()},
+            }
+            print(
+                f"rows {rows:3d}  {name:6s} {us:7.1f} us {model.layer_bytes / us / 1e3:6.0f} GB/s", flush=True
+            )
+    return found
+
+
+def tune(search: Search, rows: int, parts: list[str], table: Table) -> dict[str, Any]:
+    """Search for a number of rows, and put what was best into the table."""
+    found: dict[str, Any] = {"rows": rows}
+    start = table_configs(search.model, rows)
+    best = list(dict.fromkeys(start.values()))
+    for part, model in (("layers", search.model), ("head", search.head)):
+        if part not in parts:
+            continue
+        print(f"{search.name}: {part}", flush=True)
+        ranked = search.ranked(model, rows, [DEFAULT_GEMM, *choices(rows, part == "head")])
+        us, config = ranked[0]
+        found[part] = {"us": us, **asdict(config)}
+        print(f"best {shown(config)}: {us:.1f} us", flush=True)
+        table.put("head" if part == "head" else "configs", str(search.model.hidden), rows, config)
+        if part == "layers":
+            start = dict.fromkeys(search.model.shapes, config)
+            best = [config for _, config in ranked[:_KEPT]]
+    if "sites" in parts:
+        print(f"{search.name}: sites", flush=True)
+        if "layers" not in parts:
+            best += choices(rows)[:_KEPT]
+        chosen = search.by_site(rows, start, best)
+        before, after = search.compared(rows, start, chosen)
+        gained = after < before * _LEAST_GAIN
+        found["sites"] = {"before_us": before, "after_us": after, **{s: asdict(c) for s, c in chosen.items()}}
+        named = "; ".join(f"{site} {shown(config)}" for site, config in chosen.items())
+        kept = "" if gained else ", not kept"
+        print(
+            f"rows {rows}: {before:.1f} us a layer before, {after:.1f} by weights{kept}: {named}", flush=True
+        )
+        for site, (columns, width) in search.model.shapes.items():
+            if gained:
+                table.put("shapes", f"{columns}x{width}", rows, chosen[site])
+            elif "layers" in parts:  # what is known by shape began from something else
+                table.drop("shapes", f"{columns}x{width}", rows)
+    return found
+
+
+def command_line() -> str:
+    return " ".join(["python", "perf/kernels_gemm.py", *sys.argv[1:]])
+
+
+def planned(args: argparse.Namespace) -> int:
+    """About how many choices are measured."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    count = 0
+    for name in args.model:
+        shapes = shapes_of(name)
+        for rows in args.rows:
+            listed = choices(rows)
+            count += (len(listed) + 1) * ("layers" in args.parts)
+            count += (len(choices(rows, head=True)) + 1) * ("head" in args.parts)
+            for site in args.sites if "sites" in args.parts else []:
+                count += len(site_choices(rows, site, shapes[site], sms, listed[:_KEPT])) + 2
+    return count
+
+
+def warm(args: argparse.Namespace) -> None:
     """Compile one process's share of the choices by running them."""
-    part, jobs = (int(v) for v in share.split("/"))
-    for name in models:
+    part, jobs = (int(v) for v in args.warm.split("/"))
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    # A kernel is compiled for one row, for up to 16, or for up to 32.
+    sizes = dict.fromkeys(1 if rows == 1 else 2 if rows <= 16 else 32 for rows in args.rows)
+    for name in args.model:
         model = Model(name, 1)
-        head = Head(model).layers[0][0]
-        todo = [
-            (rows, config, h) for h in (False, True) for rows in (1, 2, 32) for config in choices(rows, h)
-        ]
-        for rows, config, of_head in todo[part::jobs]:
+        head = Head(model)
+        todo: list[tuple[Model | Head, int, str, GemmConfig]] = []
+        for rows in sizes:
+            if "head" in args.parts:
+                todo += [(head, rows, "head", config) for config in choices(rows, head=True)]
+            for site, shape in model.shapes.items():
+                listed = choices(rows)
+                if "sites" in args.parts and site in args.sites:
+                    listed = site_choices(rows, site, shape, sms, listed)
+                todo += [(model, rows, site, config) for config in listed]
+        for of, rows, site, config in todo[part::jobs]:
             try:
-                if of_head:
-                    product(head.new_zeros(rows, model.hidden), head, config)
-                else:
-                    model.chain(rows, config)()
+                weight = of.layers[0][site]
+                made = of.product(site, weight.new_zeros(rows, weight.shape[1]), weight, config)
+                if isinstance(of, Model) and site != "gate_up":
+                    of.consume(site, made)
             except Exception as error:  # shown again where it is measured
                 print(type(error).__name__, config, flush=True)
         torch.cuda.synchronize()
 
 
-def compile_ahead(jobs: int, models: list[str]) -> None:
+def compile_ahead(jobs: int) -> None:
     """Compile in `jobs` processes, into Triton's cache on disk."""
     started = time.time()
-    command = [sys.executable, __file__, "--model", ",".join(models), "--warm"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--warm"]
     workers = [subprocess.Popen([*command, f"{i}/{jobs}"], stdout=subprocess.DEVNULL) for i in range(jobs)]
     for worker in workers:
         worker.wait()
     print(f"compiled ahead in {jobs} processes: {time.time() - started:.0f} s", flush=True)
 
 
-Found = dict[int, dict[int, GemmConfig]]
-
-
-def write_table(folder: Path, layers: Found, heads: Found) -> None:
-    """A table as `lorax_kernels.tuning` reads it: by width and rows."""
-    major, minor = torch.cuda.get_device_capability()
-
-    def entries(found: Found) -> dict[str, Any]:
-        return {str(width): {str(rows): asdict(c) for rows, c in sorted(sizes.items())}
-                for width, sizes in sorted(found.items())}  # fmt: skip
-
-    table = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "command": " ".join(["python", "perf/kernels_gemm.py", *sys.argv[1:]]),
-        "configs": entries(layers),
-        "head": entries(heads),
-    }
-    (folder / f"gemm_sm{major}{minor}.json").write_text(json.dumps(table, indent=1) + "\n")
-
-
-def run_model(name: str, args: argparse.Namespace, layers: Found, heads: Found) -> None:
-    """Measure one model, add what was best to the tables, and write all of it after every number of rows."""
-    model = Model(name, LAYERS)
-    head = Head(model)
-    log: list[dict[str, Any]] = []
+def run_model(name: str, args: argparse.Namespace, table: Table) -> int:
+    """Measure one model, and write everything after every number of rows; how many choices were measured."""
+    search = Search(name, args)
     best = []
     for rows in args.rows:
-        for part, found in ((model, layers), (head, heads)):
-            print(f"{name}: {'head' if part is head else 'layers'}", flush=True)
-            config, summary = search(part, rows, args.rep, log, args.tune)
-            found.setdefault(model.hidden, {})[rows] = config
-            best.append(summary)
-        report = {"environment": environment(), "command": " ".join(["python", "perf/kernels_gemm.py", *sys.argv[1:]]),
-                  "model": name, "layer_bytes": model.layer_bytes, "head_bytes": head.layer_bytes, "rows": best,
-                  "tuning": log}  # fmt: skip
+        best.append(tune(search, rows, args.parts, table) if args.tune else look(search, rows))
+        report = {"environment": environment(), "command": command_line(), "model": name,
+                  "layer_bytes": search.model.layer_bytes, "head_bytes": search.head.layer_bytes, "rows": best,
+                  "tuning": search.log}  # fmt: skip
         (args.out / f"gemm-{name}.json").write_text(json.dumps(report, indent=1) + "\n")
         if args.tune:
-            write_table(args.out, layers, heads)
+            table.write(args.out, command_line())
+    return len(search.log)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="8b", help=f"of {', '.join(MODELS)}; several with commas between")
+
+    def some_of(known: tuple[str, ...]) -> dict[str, Any]:
+        def read(text: str) -> list[str]:
+            given = text.split(",")
+            if not set(given) <= set(known):
+                raise argparse.ArgumentTypeError(f"{text!r} is not of {', '.join(known)}")
+            return given
+
+        return {"type": read, "help": f"of {', '.join(known)}; several with commas between"}
+
+    parser.add_argument("--model", default=["8b"], **some_of(tuple(MODELS)))
     parser.add_argument("--rows", type=lambda text: [int(v) for v in text.split(",")], default=list(ROWS))
     parser.add_argument("--tune", action="store_true", help="search, and write the table")
+    parser.add_argument("--parts", default=list(PARTS), **some_of(PARTS))
+    parser.add_argument("--sites", default=list(SITES), **some_of(SITES))
     parser.add_argument("--rep", type=int, default=30, help="milliseconds a measurement")
     parser.add_argument("--jobs", type=int, default=0, help="compile first in this many processes")
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    models = args.model.split(",")
-    if not set(models) <= set(MODELS):
-        parser.error(f"--model: {args.model!r} is not of {', '.join(MODELS)}")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     # The small kernels start early too, as in a step where the products do.
     os.environ.setdefault("LORAX_NODE_CONFIG", '{"pdl": true}')
     forget_configs()
     if args.warm:
-        warm(models, args.warm)
+        warm(args)
         return
-    if args.jobs and args.tune:
-        compile_ahead(args.jobs, models)
+    if args.tune:
+        count = planned(args)
+        print(f"about {count} choices, {count * (_FIXED_MS + args.rep) / 1e3:.0f} s of measuring", flush=True)
+        if args.jobs:
+            compile_ahead(args.jobs)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    layers: Found = {}
-    heads: Found = {}
-    for name in models:
-        run_model(name, args, layers, heads)
+    table = Table()
+    count = 0
+    for name in args.model:
+        count += run_model(name, args, table)
         torch.cuda.empty_cache()
-    print(f"measured in {time.time() - started:.0f} s", flush=True)
+    print(f"measured {count} choices in {time.time() - started:.0f} s; written to {args.out}")
 
 
 if __name__ == "__main__":

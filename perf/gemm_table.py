@@ -1,0 +1,51 @@
+"""The table `gemm_smXX.json` as `kernels_gemm.py` writes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import triton
+
+import lorax_kernels.tuning
+from lorax_kernels.tuning import GemmConfig
+
+
+class Table:
+    """The table of this device that comes with the kernels, and what is put into it."""
+
+    def __init__(self) -> None:
+        major, minor = torch.cuda.get_device_capability()
+        self._name = f"gemm_sm{major}{minor}.json"
+        known = Path(lorax_kernels.tuning.__file__).parent / "tuned" / self._name
+        self._parts = json.loads(known.read_text()) if known.is_file() else {}
+
+    def put(self, part: str, key: str, rows: int, config: GemmConfig) -> None:
+        self._parts.setdefault(part, {}).setdefault(key, {})[str(rows)] = asdict(config)
+
+    def drop(self, part: str, key: str, rows: int) -> None:
+        sizes = self._parts.get(part, {}).get(key, {})
+        sizes.pop(str(rows), None)
+
+    def write(self, folder: Path, command: str) -> None:
+        """As `lorax_kernels.tuning` reads it."""
+        table = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "command": command,
+        }
+        for part in ("configs", "head", "shapes"):
+            keys = self._parts.get(part, {})
+            table[part] = {
+                key: dict(sorted(keys[key].items(), key=lambda entry: int(entry[0])))
+                for key in sorted(keys, key=lambda key: [int(size) for size in key.split("x")])
+                if keys[key]
+            }
+        lines = re.sub(
+            r"{\s+([^{}]+?)\s+}", lambda e: "{" + " ".join(e[1].split()) + "}", json.dumps(table, indent=1)
+        )
+        (folder / self._name).write_text(lines + "\n")
