@@ -28,7 +28,6 @@ CONFIGS = {
     "swapped": replace(EARLY, block_n=64, swap=True),
     "swapped split": replace(EARLY, block_n=128, block_k=64, split_k=8, swap=True),
     "exact": replace(EARLY, block_n=64, block_k=64, split_k=6, exact=True),
-    "swapped by 8 warps": replace(EARLY, block_n=128, stages=5, warps=8, split_k=2, swap=True),
 }
 
 
