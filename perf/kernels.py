@@ -8,11 +8,11 @@
     python perf/kernels.py --smoke            # a few seconds, tiny shapes: does everything run?
 
 In situ is what a layer pays: the time of its base products with LoRA minus the time without, both as replays of CUDA
-graphs of eight different layers, L2 flushed in between. Where the nodes after the products add the deltas, both have
-the nodes too. Nothing is reported if a kernel's result is wrong, or if the
-kernels' tests are red or did not run (`kernel_gate.py`); --unchecked reports all the same, and says so. The byte
-floor is every distinct adapter's weights once, the input once and the output read and written once, at the device's
-copy bandwidth; or the operations at its matrix rate, where that is longer.
+graphs of eight different layers, L2 flushed in between, and both with the node that reads each product as the decoder
+runs it (`kernels_nodes.py`). Nothing is reported if a kernel's result is wrong, or if the kernels' tests are red or did
+not run (`kernel_gate.py`); --unchecked reports all the same, and says so. The byte floor is every distinct adapter's
+weights once, the input once and the output read and written once, at the device's copy bandwidth; or the operations at
+its matrix rate, where that is longer.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from kernels_lora import (
     PREFILL_EXPAND_CHOICES,
     PREFILL_SHRINK_CHOICES,
     ROWS,
+    ROWS_SHRINK_CHOICES,
     SHAPES,
     SHRINK_CHOICES,
     Bench,
@@ -51,10 +52,18 @@ from kernels_lora import (
     Row,
     tune,
 )
-from kernels_nodes import FUSE_CHOICES, FUSE_MODE_CHOICES, FUSE_WHERE_CHOICES, NODES
+from kernels_nodes import (
+    FUSE_CHOICES,
+    FUSE_MODE_CHOICES,
+    FUSE_WHERE_CHOICES,
+    LONG_CHOICES,
+    NODES,
+    PRODUCT_CHOICES,
+)
 from kernels_timing import measured_floors
 from table_text import text_of
 
+from lorax_kernels import lora_triton
 from lorax_kernels.tuning import DEFAULT, DEFAULT_ATTENTION, AttentionConfig, LoraConfig, lora_config
 
 
@@ -88,7 +97,7 @@ def compile_ahead(jobs: int, arguments: list[str]) -> None:
 def warm(model: str, share: str, tuning: str) -> None:
     part, jobs = (int(v) for v in share.split("/"))
     work = []
-    for name, site in SHAPES[model].items():
+    for name in SHAPES[model]:
         tables = [lora_config(t, True, 0) for t in (1, 32, 128)]
         decode, prefill = list(tables), [lora_config(8192, False, 0)]
         if tuning == "all":
@@ -96,13 +105,20 @@ def warm(model: str, share: str, tuning: str) -> None:
             decode += [replace(DEFAULT, pdl=p, **c) for c in choices for p in (False, True)]
             prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
         fuses = FUSE_CHOICES if tuning and NODES[name] == "silu" else [{}]
+        more = PRODUCT_CHOICES + LONG_CHOICES if tuning else []
         for config in tables:
             decode += [replace(config, **f, **form) for f in fuses for form in FORMS.values()]
-        work += [(name, site, Row(2, 2, 16), c) for c in decode]
-        work += [(name, site, Row(300, 2, 16), c) for c in prefill]
-    for name, site, row, config in work[part::jobs]:
+            decode += [replace(config, **c) for c in more]
+        # Products are compiled by the number of rows that they are padded to, nodes by how these are split.
+        work += [(name, Row(rows, 2, 16), c) for c in decode for rows in (1, 2, 32)]
+        work += [(name, Row(300, 2, 16), c) for c in prefill]
+    for name, row, config in work[part::jobs]:
         with suppress(Exception):  # the measurement itself says so
-            Case(row, site, 1, node=NODES.get(name) if row.tokens <= 256 else None).check(config)
+            case = Case(row, model, name, 1)
+            site = SHAPES[model][name]
+            case.call(0, case.x.new_zeros(site.out_features, site.in_features), config)
+            lora_triton.add_lora(case.x, *case.weights[0], case.batch, case.x.new_zeros(row.tokens, site.out_features),
+                                 site.out_slices, replace(config, pdl=False))  # fmt: skip
     if tuning == "all":
         bench = AttentionBench(1)
         choices = [(ATTENTION_PREFILL_CHOICES, (1, 64, 128))]
@@ -194,13 +210,15 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
         raise SystemExit(f"no numbers: {error}\n(--unchecked measures all the same, and says so)") from error
 
 
-_SEPARATE = {"fuse_norm": False, "fuse_silu": False, "one_row_in_product": False}
+_SEPARATE = {"fuse_norm": False, "fuse_silu": False, "one_row_in_product": False, "rows_in_product": False}
 FORMS: dict[str, dict[str, Any]] = {
     "separate": _SEPARATE,
     "fused": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": False},
     "fused, early": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": True},
-    "one row in the product": _SEPARATE | {"one_row_in_product": True},
-}
+    "in the product": _SEPARATE | {"one_row_in_product": True, "rows_in_product": True},
+    "in product or norm": _SEPARATE | {"one_row_in_product": True, "rows_in_product": True, "fuse_norm": True,
+                                       "fuse_pdl": True},
+}  # fmt: skip
 """Fields of the configuration that stand for each form of decode's expand."""
 
 
@@ -257,7 +275,10 @@ def search_lora(
         ways = [separate, fused]
         if tokens == 1:
             kept = replace(separate[1], one_row_in_product=True)
-            ways.append(tune(bench, listed, kept, [ONE_ROW_CHOICES], log))
+            ways.append(tune(bench, listed, kept, [ONE_ROW_CHOICES, LONG_CHOICES], log))
+        elif tokens <= 32:
+            kept = replace(fused[1], rows_in_product=True)
+            ways.append(tune(bench, listed, kept, [PRODUCT_CHOICES, ROWS_SHRINK_CHOICES, LONG_CHOICES], log))
         print("  best each way: " + ", ".join(f"{score:.3f}" for score, _ in ways), flush=True)
         found[size] = min(ways, key=lambda pair: pair[0])[1]
     if not everything:

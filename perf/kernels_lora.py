@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from kernels_nodes import FUSE_CHOICES, NODES, Node
+from kernels_nodes import FUSE_CHOICES, Chain
 from kernels_timing import graph_us
 
 from lorax_kernels import LoraBatch, LoraSite, PageLayout, WorkBuffer, lora_triton, pages_for_rank
-from lorax_kernels.expand_nodes import Delta, begin_linear
-from lorax_kernels.skinny_gemm import linear as base_linear
 from lorax_kernels.tuning import LoraConfig
 
 SHAPES = {
@@ -30,6 +27,7 @@ SHAPES = {
         "down": LoraSite(8192, (2048,)),
     },
 }
+HEAD_DIM = {"8b": 128, "1b": 64}
 MIXED_RANKS = (8, 16, 16, 32, 64)
 LAYERS = 8
 
@@ -86,6 +84,13 @@ ONE_ROW_CHOICES = [
         (512, 8, 3, 9, 4), (256, 2, 4, 10, 12),
     )
 ]  # fmt: skip
+ROWS_SHRINK_CHOICES = [
+    {"block_k": k, "shrink_warps": w, "split_shift": s, "target_log2": t, "shrink_waves": v}
+    for k, w, s, t, v in (
+        (512, 4, 3, 9, 6), (512, 4, 2, 9, 6), (256, 4, 3, 9, 8), (1024, 4, 3, 9, 5), (512, 2, 3, 9, 8),
+        (512, 4, 2, 8, 6),
+    )
+]  # fmt: skip
 PREFILL_SHRINK_CHOICES = [
     {"prefill_block_k": k, "prefill_splits": s, "prefill_stages": t, "prefill_shrink_warps": w}
     for k, s, t, w in (
@@ -112,12 +117,12 @@ class WrongResultError(Exception):
 
 
 class Case:
-    """One site of one row on the device, with the weights of `layers` different layers and, in decode, the `node`
-    that reads its output."""
+    """One site of one row on the device, with the weights of `layers` different layers, and the node after it."""
 
-    def __init__(self, row: Row, site: LoraSite, layers: int, seed: int = 0, node: str | None = None) -> None:
+    def __init__(self, row: Row, model: str, name: str, layers: int, seed: int = 0) -> None:
         generator = torch.Generator("cuda").manual_seed(seed)
-        self.row, self.site = row, site
+        self.row, self.site = row, SHAPES[model][name]
+        site = self.site
         counts = [pages_for_rank(r) for r in row.ranks]
         layout = PageLayout({str(i): site for i in range(layers)})
         pages = torch.empty(sum(counts), layout.page_size, dtype=torch.bfloat16, device="cuda")
@@ -140,39 +145,29 @@ class Case:
         assert batch is not None
         self.batch = batch
         self.x = torch.randn(row.tokens, site.in_features, device="cuda", generator=generator).bfloat16()
-        self.node = Node(node, row.tokens, site.out_slices, generator) if node else None
-        self._wanted: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.chain = Chain(name, row.tokens, site.out_slices, HEAD_DIM[model], generator)
+        self._wanted: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
-    def fused(self, config: LoraConfig) -> Node | None:
-        """The node, if expand is left to it."""
-        node = self.node
-        fuses = node is not None and (config.fuse_silu if node.kind == "silu" else config.fuse_norm)
-        return node if fuses else None
+    def call(self, layer: int, product: torch.Tensor, config: LoraConfig) -> tuple[torch.Tensor, ...]:
+        """The site with its adapters, and the node."""
+        return self.chain.lora(self.x, product, self.weights[layer], self.batch, config)
 
-    def check(self, config: LoraConfig) -> None:
-        """Raise if the site's output, or what the node makes of it, is wrong in one of up to 64 rows."""
-        a, b = self.weights[0]
-        node, work = self.fused(config), self.batch.work
-        rows, base, delta = self._expected()
-        if node is None or work is None:
-            got = base.clone()
-            lora_triton.add_lora(self.x, a, b, self.batch, got, self.site.out_slices, config)
-            pairs = [(got[rows], base[rows].double() + delta)]
-        else:
-            begun = Delta(lora_triton.shrink(self.x, a, work, config), b, work, self.site.out_slices)
-            made = node(base, begun)
-            wanted = node.expected(rows, base[rows].double() + delta)
-            pairs = [(one[rows], want) for one, want in zip(made, wanted, strict=True)]
-        for one, want in pairs:
-            # The norm of a row: its errors are those of rounding h, the sum, and in nodes what comes after.
-            error = float(((one.double() - want).norm(dim=1) / want.norm(dim=1)).max())
-            if not error <= (1.5 if node is None else 4) * _ROUNDING:
-                raise WrongResultError(f"wrong result: {self.row}, {self.site}, {config}: error {error:.4f}")
+    def check(self, product: torch.Tensor, config: LoraConfig) -> None:
+        """Raise if what the node makes of the first layer is wrong in one of up to 64 rows."""
+        rows, wanted = self._expected(product)
+        for got, want in zip(self.call(0, product, config), wanted, strict=True):
+            # The norm of a row: its errors are those of rounding h, the sum, and what the node does.
+            error = (got[rows].double() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
+            if not float(error.max()) <= 4 * _ROUNDING:
+                raise WrongResultError(
+                    f"wrong result: {self.row}, {self.site}, {config}: {float(error.max()):.4f}"
+                )
 
-    def _expected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Up to 64 rows, a base output [T, out] about as large as the deltas, and those rows' deltas in float64."""
+    def _expected(self, product: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Up to 64 rows, and what the node gives for them in float64."""
         if self._wanted is None:
             chosen = np.unique(np.linspace(0, self.row.tokens - 1, 64).astype(int))
+            rows = torch.from_numpy(chosen).to(self.x.device)
             a, b = self.weights[0]
             deltas = []
             for row in chosen:
@@ -182,10 +177,8 @@ class Case:
                 deltas.append(
                     torch.cat([torch.einsum("pu,puo->o", h[:, s], part) for s, part in enumerate(parts)])
                 )
-            delta = torch.stack(deltas)
-            base = torch.randn(self.row.tokens, self.site.out_features, device=self.x.device)
-            base = (base * delta.square().mean().sqrt().float()).bfloat16()
-            self._wanted = torch.from_numpy(chosen).to(self.x.device), base, delta
+            site = self.x[rows].double() @ product.double().T + torch.stack(deltas)
+            self._wanted = rows, self.chain.expected(rows, site)
         return self._wanted
 
     def floor_us(self, copy_gbs: float, tflops: float) -> float:
@@ -201,9 +194,9 @@ class Bench:
     """Times configurations on the sites of a model shape; keeps what it has measured."""
 
     def __init__(self, model: str, rep: int) -> None:
-        self.shapes, self.rep = SHAPES[model], rep
+        self.model, self.shapes, self.rep = model, SHAPES[model], rep
         self._cases: dict[tuple[Row, str], Case] = {}
-        self._base: dict[tuple[int, str, bool], float] = {}
+        self._base: dict[tuple[Row, str], float] = {}
         self._known: dict[tuple[Row, str, LoraConfig], float] = {}
         self._products: dict[str, list[torch.Tensor]] = {}
 
@@ -212,36 +205,18 @@ class Bench:
         return sum(self.site_us(row, name, config) for name in self.shapes)
 
     def site_us(self, row: Row, name: str, config: LoraConfig) -> float:
-        case = self.case(row, name)
-        node = case.fused(config)
-        if not node or node.kind != "silu":
+        """A site and its node with adapters, minus the same without."""
+        case, products = self.case(row, name), self.products(name)
+        if not (case.chain.kind == "silu" and config.fuse_silu):
             config = replace(config, **FUSE_CHOICES[0])  # which are SiLU's alone
-        if not node:
-            config = replace(config, fuse_norm=False, fuse_silu=False, fuse_pdl=False)
         key = (row, name, config)
         if key not in self._known:
-            products = self.products(name)
-            case.check(config)
-            reps = LAYERS if row.tokens <= 256 else 2
-            if node:
-                # What the node itself costs is no part of it: it is taken off with the base products.
-                calls = [
-                    self._with_node(case, node, i, products[i % len(products)], config) for i in range(reps)
-                ]
-                self._known[key] = graph_us(calls, self.rep) - self.base_us(row, name, with_node=True)
-                return self._known[key]
-
-            def call(i: int) -> None:
-                lora_triton.linear(
-                    case.x,
-                    (products[i % len(products)], None),
-                    case.weights[i % len(case.weights)],
-                    case.batch,
-                    case.site.out_slices,
-                    config,
-                )
-
-            calls = [lambda i=i: call(i) for i in range(reps)]
+            case.check(products[0], config)
+            reps = range(LAYERS if row.tokens <= 256 else 2)
+            calls = [
+                lambda i=i: case.call(i % len(case.weights), products[i % len(products)], config)
+                for i in reps
+            ]
             if row.tokens <= 256:
                 self._known[key] = graph_us(calls, self.rep) - self.base_us(row, name)
             else:
@@ -250,26 +225,12 @@ class Bench:
                 self._known[key] = statistics.median(turns)
         return self._known[key]
 
-    @staticmethod
-    def _with_node(
-        case: Case, node: Node, layer: int, product: torch.Tensor, config: LoraConfig
-    ) -> Callable[[], object]:
-        """A site's product, shrink beside it, and the node that adds the delta."""
-
-        def call() -> object:
-            out, delta = begin_linear(
-                case.x, (product, None), case.weights[layer], case.batch, case.site.out_slices, config
-            )
-            return node(out, delta)
-
-        return call
-
     def _base_again_us(self, row: Row, name: str) -> float:
-        self._base.pop((row.tokens, name, False), None)
+        self._base.pop((row, name), None)
         return self.base_us(row, name)
 
     def alone_us(self, row: Row, name: str, config: LoraConfig) -> tuple[float, float]:
-        """Shrink and expand by themselves; of an expand that is left to its node, what it adds to the node."""
+        """Shrink, and expand as a launch of its own, each by itself."""
         case = self.case(row, name)
         out = torch.randn(row.tokens, case.site.out_features, device="cuda").bfloat16()
         work = case.batch.work
@@ -277,39 +238,26 @@ class Bench:
         plain = replace(config, pdl=False)
         made = [lora_triton.shrink(case.x, a, work, plain) for a, _ in case.weights]
         shrinks = [lambda a=a: lora_triton.shrink(case.x, a, work, plain) for a, _ in case.weights]
-        node = case.fused(config)
-        if node:
-            deltas = [
-                Delta(h, b, work, case.site.out_slices) for h, (_, b) in zip(made, case.weights, strict=True)
-            ]
-            both = graph_us([lambda d=d: node(out, d) for d in deltas], self.rep)
-            return graph_us(shrinks, self.rep), both - graph_us([lambda: node(out)] * len(deltas), self.rep)
         expands = [
             lambda h=h, b=b: lora_triton.expand(h, b, work, out, case.site.out_slices)
             for h, (_, b) in zip(made, case.weights, strict=True)
         ]
         return graph_us(shrinks, self.rep), graph_us(expands, self.rep)
 
-    def base_us(self, row: Row, name: str, with_node: bool = False) -> float:
-        key = (row.tokens, name, with_node)
+    def base_us(self, row: Row, name: str) -> float:
+        """A site and its node without adapters."""
+        key = (row, name)
         if key not in self._base:
-            x, products = self.case(row, name).x, self.products(name)
-            reps = LAYERS if row.tokens <= 256 else 2
-            calls = [lambda i=i: base_linear(x, products[i % len(products)], None) for i in range(reps)]
-            node = self.case(row, name).node
-            if with_node and node:
-                plain = calls
-                calls = [lambda call=call: node(call()) for call in plain]
+            case, products = self.case(row, name), self.products(name)
+            reps = range(LAYERS if row.tokens <= 256 else 2)
+            calls = [lambda i=i: case.chain.base(case.x, products[i % len(products)]) for i in reps]
             self._base[key] = graph_us(calls, 2 * self.rep)
         return self._base[key]
 
     def case(self, row: Row, name: str) -> Case:
         key = (row, name)
         if key not in self._cases:
-            decode = row.tokens <= 256
-            self._cases[key] = Case(
-                row, self.shapes[name], LAYERS if decode else 2, node=NODES.get(name) if decode else None
-            )
+            self._cases[key] = Case(row, self.model, name, LAYERS if row.tokens <= 256 else 2)
         return self._cases[key]
 
     def forget(self, row: Row) -> None:
@@ -323,7 +271,9 @@ class Bench:
             site = self.shapes[name]
             count = max(1, min(4, -(-100_000_000 // (2 * site.in_features * site.out_features))))
             self._products[name] = [
-                torch.randn(site.out_features, site.in_features, device="cuda").bfloat16()
+                torch.randn(site.out_features, site.in_features, device="cuda")
+                .mul_(site.in_features**-0.5)
+                .bfloat16()
                 for _ in range(count)
             ]
         return self._products[name]

@@ -1,14 +1,21 @@
-"""The nodes after a layer's sites, for measuring expand that is left to them, and what they must give in float64."""
+"""A layer's sites as the decoder runs them, each with the node that reads its output: for measuring what adapters cost
+there, and what both must give in float64.
+
+The nodes are a part of it because they may do a part of the work: norms and the rotation sum what split products leave,
+norms add deltas, and SiLU and multiplication may be done by the product, or add the deltas.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from lorax_kernels.expand_nodes import Delta, rms_norm_expand, silu_mul_expand
-from lorax_kernels.fused_triton import rms_norm, silu_mul
+from lorax_kernels import LoraBatch, linear_silu_mul, rms_norm, rope_and_cache
+from lorax_kernels.expand_nodes import begin_linear, linear_silu
+from lorax_kernels.skinny_gemm import begin_linear as begin_base
+from lorax_kernels.tuning import LoraConfig
 
-NODES = {"o": "norm", "gate_up": "silu", "down": "norm"}
-"""What reads the output of each site, where it can add the deltas: SiLU, or the norm with residual."""
+NODES = {"o": "norm", "qkv": "rope", "gate_up": "silu", "down": "norm"}
+"""What reads the output of each site."""
 _FUSE = ("fuse_row_n", "fuse_block_n", "fuse_warps", "fuse_waves", "fuse_registers")
 FUSE_CHOICES = [
     dict(zip(_FUSE, values, strict=True))
@@ -27,35 +34,80 @@ FUSE_MODE_CHOICES = [
 FUSE_WHERE_CHOICES = [
     {"fuse_norm": norm, "fuse_silu": silu} for norm in (False, True) for silu in (False, True)
 ]
+PRODUCT_CHOICES = [
+    {"rows_in_product": True, "fuse_norm": norm, "product_group": group}
+    for norm in (False, True)
+    for group in (2, 4, 8)
+]
+LONG_CHOICES = [{"long_input": 0}] + [
+    {"long_input": 8192, "long_block_k": k, "long_split_shift": s, "long_target_log2": t}
+    for k, s, t in ((1024, 4, 10), (2048, 3, 9), (2048, 4, 10), (1024, 3, 9), (512, 4, 10))
+]
 _EPS = 1e-5
+_BLOCK = 16
 
 
-class Node:
-    """One node of `tokens` rows after a site with these slices."""
+class Chain:
+    """One site of `tokens` rows and its node, which is all that reads the site's output.
+
+    Args:
+        head_dim: of attention heads, for the rotation.
+    """
 
     def __init__(
-        self, kind: str, tokens: int, out_slices: tuple[int, ...], generator: torch.Generator
+        self, name: str, tokens: int, out_slices: tuple[int, ...], head_dim: int, generator: torch.Generator
     ) -> None:
-        self.kind = kind
+        self.kind, self.out_slices = NODES[name], out_slices
         device, width = generator.device, sum(out_slices)
-        if kind == "norm":
+        if self.kind == "norm":
             self._residual = torch.randn(tokens, width, device=device, generator=generator).bfloat16()
             weight = torch.rand(width, device=device, generator=generator) + 0.5
             self._weight = weight.bfloat16()
+        if self.kind == "rope":
+            self._heads = out_slices[0] // head_dim, out_slices[1] // head_dim
+            shape = (-(-tokens // _BLOCK), _BLOCK, self._heads[1], head_dim)
+            self._cache = tuple(torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+            self._slots = torch.arange(tokens, device=device)
+            # At position 0 the rotation changes nothing, so that queries are what the site gives.
+            ones, zeros = (f(1, 1, head_dim, device=device) for f in (torch.ones, torch.zeros))
+            self._rope = torch.zeros(tokens, dtype=torch.int32, device=device), ones, zeros
 
-    def __call__(self, base: torch.Tensor, delta: Delta | None = None) -> tuple[torch.Tensor, ...]:
-        """What the node returns for the base layer's output [T, out]."""
+    def base(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Without adapters: x [T, in] and the weight [out, in] to what the node gives."""
         if self.kind == "silu":
-            return (silu_mul(base) if delta is None else silu_mul_expand(base, delta),)
-        if delta is None:
-            return rms_norm(base, self._weight, _EPS, self._residual)
-        return rms_norm_expand(base, (self._weight, _EPS), self._residual, delta)
+            return (linear_silu_mul(x, weight),)
+        return self._node(begin_base(x, weight), None)
 
-    def expected(self, rows: torch.Tensor, base: torch.Tensor) -> list[torch.Tensor]:
-        """The same of some of its rows, whose `base` with the delta is given in float64."""
+    def lora(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        batch: LoraBatch,
+        config: LoraConfig,
+    ) -> tuple[torch.Tensor, ...]:
+        """With the adapters of `batch`, whose A and B are `weights`."""
+        layer = (weight, None)
         if self.kind == "silu":
-            gate, up = base.chunk(2, 1)
+            return (linear_silu(x, layer, weights, batch, self.out_slices, config),)
+        return self._node(*begin_linear(x, layer, weights, batch, self.out_slices, config))
+
+    def _node(self, out: torch.Tensor, delta: object) -> tuple[torch.Tensor, ...]:
+        if self.kind == "norm":
+            return rms_norm(self._residual, self._weight, _EPS, out, delta)  # type: ignore[arg-type]
+        assert delta is None
+        queries = rope_and_cache(out, self._heads, self._rope, self._cache, self._slots)  # type: ignore[arg-type]
+        kv = (cache.view(-1, *cache.shape[2:])[: out.shape[-2]] for cache in self._cache)
+        return queries, *kv
+
+    def expected(self, rows: torch.Tensor, site: torch.Tensor) -> list[torch.Tensor]:
+        """What some rows must be, of which the site's output in float64 is given."""
+        if self.kind == "silu":
+            gate, up = site.chunk(2, 1)
             return [torch.nn.functional.silu(gate) * up]
-        total = base + self._residual[rows].double()
+        if self.kind == "rope":
+            parts = site.split(self.out_slices, 1)
+            return [part.reshape(len(site), -1, self._cache[0].shape[-1]) for part in parts]
+        total = site + self._residual[rows].double()
         scale = (total.square().mean(1, keepdim=True) + _EPS).rsqrt()
-        return [total * scale * self._weight.double(), total]
+        return [self._weight.double() * total * scale, total]
