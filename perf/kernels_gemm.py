@@ -225,15 +225,15 @@ def warm(args: argparse.Namespace) -> None:
     sizes = dict.fromkeys(1 if rows == 1 else 2 if rows <= 16 else 32 for rows in args.rows)
     for name in args.model:
         model = Model(name, 1)
-        head = Head(model)
+        head = Head(model) if "head" in args.parts else None
         todo: list[tuple[Model | Head, int, str, GemmConfig]] = []
         for rows in sizes:
-            if "head" in args.parts:
+            if head is not None:
                 todo += [(head, rows, "head", config) for config in choices(rows, head=True)]
             for site, shape in model.shapes.items():
-                listed = choices(rows)
+                listed = choices(rows) if "layers" in args.parts else []
                 if "sites" in args.parts and site in args.sites:
-                    listed = site_choices(rows, site, shape, sms, listed)
+                    listed = site_choices(rows, site, shape, sms, listed or choices(rows)[:_KEPT])
                 todo += [(model, rows, site, config) for config in listed]
         for of, rows, site, config in todo[part::jobs]:
             try:
