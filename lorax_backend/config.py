@@ -142,6 +142,11 @@ class ServerConfig:
         "capture steps with prompt tokens too, up to this many tokens a step (at most 512), to start short answers "
         "sooner; 0: off; -1: 512 on CUDA with cuda_graphs, else off",
     )
+    compile_processes: int = _option(
+        0,
+        "processes that compile kernels at start on CUDA, all at once; 0: none, each kernel is compiled when it is "
+        "launched first; -1: one a processor, 16 at most",
+    )
     overlap: bool = _option(True, "launch a step before the tokens of the one before are read (CUDA)")
     hub_cache: str = _option("", "folder of the hub's files; empty: Hugging Face's default")
     log_level: str = _option("info", "log level", ("debug", "info", "warning", "error"))

@@ -130,6 +130,8 @@ class EngineInfo:
     prefill_attention: str = ""
     """Attention of prompts that begin in a step, and why it was chosen; empty where nothing was told."""
     prefill_graph_tokens: tuple[int, ...] = ()
+    start_times: str = ""
+    """How long each part of the start took, and how its kernels came to be; empty where nothing was told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,10 +101,12 @@ def opened(args: argparse.Namespace, adapters: int, arena: int, streams: int) ->
             adapter_host_bytes=host_bytes(names, args.host_gib),
             prefix_caching=False,
             num_blocks=args.num_blocks,
+            compile_processes=args.compile_processes,
         )
         with EngineAlone(config, model, Path(folder) / "steps") as engine:
             print(
-                f"engine ready after {engine.start_seconds:.1f} s, {engine.info.num_blocks} blocks",
+                f"engine ready after {engine.start_seconds:.1f} s, {engine.info.num_blocks} blocks; "
+                f"{engine.info.start_times}",
                 flush=True,
             )
             yield Bench(engine, names, shape["vocab_size"], np.random.default_rng(1))
@@ -276,6 +278,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arena", type=int, default=128, help="adapters the device holds in the sweep [128]")
     parser.add_argument("--host-gib", type=float, default=3.0, help="most host memory for adapters [3]")
     parser.add_argument("--num-blocks", type=int, default=0, help="of the KV cache; 0: what is left [0]")
+    parser.add_argument(
+        "--compile-processes", type=int, default=ServerConfig().compile_processes, help="the server's option"
+    )
     parser.add_argument("--max-total-tokens", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "local")
     args = parser.parse_args(argv)

@@ -81,6 +81,7 @@ class DecodeGraphs:
         self._listed: tuple[bytes, ...] = ()
         self._last_work: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self._graphs: dict[tuple[int, bool], Recorded] = {}
+        report("warming up")
         warm_up_prefill(decoder, builder, cache)
         for done, size in enumerate(reversed(self.sizes)):
             report(f"capturing decode graphs, {done + 1} of {len(self.sizes)}")

@@ -37,9 +37,12 @@ from lorax_backend.model.recorder import CudaGraphRecorder, GraphRecorder
 from lorax_backend.model.sampler import sample
 from lorax_backend.model.sampling_plan import SamplingPlanner
 from lorax_backend.model.startup import (
+    StartTimes,
     check_backends,
     choose_attention,
+    compile_ahead,
     largest_batch,
+    max_blocks,
     pick_device,
     pick_dtype,
 )
@@ -80,7 +83,7 @@ class TorchModelRunner:
         """
         self._config = config
         self._model_path = Path(model_path)
-        report = progress or (lambda text: None)
+        times = StartTimes(progress or (lambda text: None))
         self.device = pick_device(config.device)
         self.model_config = ModelConfig.from_folder(self._model_path)
         self.dtype = pick_dtype(config.dtype, self.model_config, self.device)
@@ -94,13 +97,20 @@ class TorchModelRunner:
         )
         self.limits = resolve_limits(config, self.model_config, on_cuda)
         self.layout = page_layout(self.model_config)
+        self._ahead = compile_ahead(
+            config, self.model_config, self.dtype, self.device, self.limits, self._prefill_sizes, times
+        )
         try:
-            self._reserve(report)
+            self._reserve(times)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{self.device} has too little free memory for {self._model_path}: {error}; use a smaller model, or "
                 "lower adapter_pages, max_batch_tokens or cuda_memory_fraction"
             ) from error
+        finally:
+            kernels = self._ahead.close() if self._ahead is not None else ""
+        self._start_times = "; ".join(filter(None, (times.told(), kernels)))
+        log.info("start: %s", self._start_times)
 
     def _reserve(self, report: Progress) -> None:
         """Everything that takes memory, in the order in which each part's share is known."""
@@ -119,6 +129,8 @@ class TorchModelRunner:
         self.decoder = Decoder(
             self.model_config, self.weights, self.layout, self.arena.pages, self.limits.max_total_tokens
         )
+        if self._ahead is not None:
+            self._ahead.wait_for_attention()
         self._fresh = choose_attention(
             config, self.model_config, self.dtype, self.device, self.limits.max_batch_tokens, report
         )
@@ -126,10 +138,12 @@ class TorchModelRunner:
         self._last_token = torch.zeros(self.limits.max_num_seqs, dtype=torch.int64, device=self.device)
         self._drawer = GreedyDrawer(self._last_token, self.model_config.vocab_size)
         self._planner = self._make_planner()
+        if self._ahead is not None:
+            self._ahead.wait()
         report("reserving the KV cache")
         self._cache = self._make_cache()
         self.limits = fit_limits(self.limits, config, self._cache.num_blocks)
-        self._builder = self._make_builder(self.limits.max_total_tokens)
+        self._builder = self._make_builder()
         # Sampling has as many rows of logits, so the memory for them is there.
         self._scorer = PromptScorer(self._head, self.limits.max_num_seqs, self._builder.upload)
         self._ran_short = False
@@ -202,6 +216,7 @@ class TorchModelRunner:
             cuda_graph_batch_sizes=self._graphs.sizes if self._graphs is not None else (),
             prefill_attention=self._fresh.description,
             prefill_graph_tokens=self._prefill_graphs.sizes if self._prefill_graphs is not None else (),
+            start_times=self._start_times,
         )
 
     @staticmethod
@@ -315,12 +330,11 @@ class TorchModelRunner:
         self._last_token.index_copy_(0, slots, drawn.ids)
         return PendingStep.of(drawn, [item.seq.sampling.top_logprobs for item in sampled], scores)
 
-    def _make_builder(self, max_tokens: int) -> BatchBuilder:
-        blocks = -(-max_tokens // self._config.block_size) + 1
+    def _make_builder(self) -> BatchBuilder:
         return BatchBuilder(
             block_size=self._config.block_size,
             max_num_seqs=self.limits.max_num_seqs,
-            max_blocks=blocks,
+            max_blocks=max_blocks(self.limits, self._config.block_size),
             device=self.device,
             arena=self.arena,
             vocab_size=self.model_config.vocab_size,
@@ -352,7 +366,7 @@ class TorchModelRunner:
         batch = largest_batch(self.limits, self._config.block_size)
         blocks = 1 + max(max(item.seq.block_table) for item in batch.sequences)
         cache = KvCache(self.model_config, blocks, self._config.block_size, self.dtype, self.device)
-        self._builder = self._make_builder(self.limits.max_total_tokens)
+        self._builder = self._make_builder()
         before = 0
         for _ in range(2):
             torch.cuda.synchronize(self.device)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 
 import torch
 
 from lorax_backend.config import ServerConfig
+from lorax_backend.model.compile_ahead import CompileAhead, Progress, most_processes
 from lorax_backend.model.config import ModelConfig
+from lorax_backend.model.graphs import graph_sizes
 from lorax_backend.model.head_layout import HeadLayout
 from lorax_backend.model.limits import Limits
+from lorax_backend.model.rehearsal_plan import StartPlan
 from lorax_backend.model.varlen import FreshAttention, choose
 from lorax_backend.scheduler.sequence import ScheduledBatch, ScheduledSequence, Sequence
 from lorax_backend.types import SamplingParams
+from lorax_kernels.device_facts import DeviceFacts
 
 
 def pick_device(name: str) -> torch.device:
@@ -87,6 +93,65 @@ def choose_attention(
     torch.cuda.empty_cache()  # what was tried on is the KV cache's
     report(f"attention of fresh prompts: {choice.description}")
     return choice
+
+
+def max_blocks(limits: Limits, block_size: int) -> int:
+    """KV blocks of the longest sequence."""
+    return -(-limits.max_total_tokens // block_size) + 1
+
+
+def compile_ahead(
+    config: ServerConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    limits: Limits,
+    prefill_sizes: tuple[int, ...],
+    report: Progress,
+) -> CompileAhead | None:
+    """Begin to compile the kernels of a start with graphs; None where there is nothing to compile ahead."""
+    processes = most_processes(config.compile_processes, device.type == "cuda" and config.cuda_graphs)
+    if not processes:
+        return None
+    plan = StartPlan(
+        device=DeviceFacts.of(device),
+        model=model,
+        dtype=str(dtype).removeprefix("torch."),
+        block_size=config.block_size,
+        max_blocks=max_blocks(limits, config.block_size),
+        max_num_seqs=limits.max_num_seqs,
+        max_total_tokens=limits.max_total_tokens,
+        max_lora_rank=config.max_lora_rank,
+        sizes=graph_sizes(limits.max_num_seqs),
+        prefill_sizes=prefill_sizes,
+    )
+    return CompileAhead(plan, processes, report)
+
+
+class StartTimes:
+    """Hands on what is reported of a start, and adds up how long each part of it took. Call it as a `Progress`."""
+
+    def __init__(self, report: Progress) -> None:
+        self._report = report
+        self._part = "the device and the configuration"
+        self._since = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    def __call__(self, text: str) -> None:
+        self._change(re.split(r"[:,]", text, maxsplit=1)[0])
+        self._report(text)
+
+    def told(self) -> str:
+        """The parts of more than a tenth of a second, in words."""
+        self._change(self._part)
+        return ", ".join(
+            f"{part} {seconds:.1f} s" for part, seconds in self._seconds.items() if seconds > 0.1
+        )
+
+    def _change(self, part: str) -> None:
+        now = time.monotonic()
+        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._since
+        self._part, self._since = part, now
 
 
 def largest_batch(limits: Limits, block_size: int) -> ScheduledBatch:

@@ -34,7 +34,7 @@ def warm_up_prefill(decoder: Decoder, builder: BatchBuilder, cache: KvCache) -> 
         )
         hidden = decoder.forward(ids, ids, attention, LoraBatches(work, work, work, work), cache)
         decoder.logits(hidden, work)
-    if device.type == "cuda":
+    if device.type != "cpu":
         _warm_up_products(decoder, device)
 
 
