@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
 
 from lorax_kernels.device_facts import DeviceFacts
@@ -193,6 +194,14 @@ def compiler_key() -> Callable[[], object]:
         for _ in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             pass  # imports the packages among them, as the call will
     return triton_key
+
+
+def prepare() -> None:
+    """Work out what the keys of all kernels have in common, before this process is forked."""
+    compiler_key()()
+    backend = make_backend(driver.active.get_current_target())
+    backend.hash()  # asks the assembler for its version
+    backend.parse_options({}).hash()  # reads a library
 
 
 def effort(wanted: Specialization) -> int:

@@ -42,10 +42,9 @@ _PATIENCE_S = 120.0  # from the start of the process: about twice what compiling
 _NOTE = "lorax-kernels.json"
 
 
-def most_processes(option: int, launches: bool) -> int:
-    """What the option `compile_processes` means, where -1 leaves it to us. 0 for a start that `launches` no kernels,
-    or has them interpreted."""
-    if not launches or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+def most_processes(option: int) -> int:
+    """What the option `compile_processes` means, where -1 leaves it to us. 0 where kernels are interpreted."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return 0
     if option != -1:
         return max(0, option)

@@ -71,7 +71,7 @@ def _serve(plan: Any, workers: Workers, out: int) -> None:
         specializations.compile_driver()
         return {}
 
-    specializations.compiler_key()()
+    specializations.prepare()
     workers.add([(_BUILTIN, driver), *((wanted.name, job(wanted)) for wanted in first)])
     found, problems = rehearsal.whole()
     rest = [wanted for wanted in found if wanted not in set(first)]

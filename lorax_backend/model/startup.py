@@ -109,9 +109,9 @@ def compile_ahead(
     prefill_sizes: tuple[int, ...],
     report: Progress,
 ) -> CompileAhead | None:
-    """Begin to compile the kernels of a start with graphs; None where there is nothing to compile ahead."""
-    processes = most_processes(config.compile_processes, device.type == "cuda" and config.cuda_graphs)
-    if not processes:
+    """Begin to compile the kernels of a start with graphs, or only to count them, as `compile_processes` says; None
+    where there is nothing to capture."""
+    if device.type != "cuda" or not config.cuda_graphs:
         return None
     plan = StartPlan(
         device=DeviceFacts.of(device),
@@ -125,7 +125,7 @@ def compile_ahead(
         sizes=graph_sizes(limits.max_num_seqs),
         prefill_sizes=prefill_sizes,
     )
-    return CompileAhead(plan, processes, report)
+    return CompileAhead(plan, most_processes(config.compile_processes), report)
 
 
 class StartTimes:

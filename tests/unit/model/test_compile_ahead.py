@@ -216,16 +216,24 @@ def test_a_crashing_compiler_takes_only_its_own_kernel_along() -> None:
     assert told[3]["hit"]
 
 
-def test_processes_are_as_many_as_asked_for_and_none_where_nothing_is_launched(
+def test_processes_are_as_many_as_asked_for_and_none_where_kernels_are_interpreted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert most_processes(5, True) == 5
-    assert most_processes(0, True) == 0
-    assert most_processes(5, False) == 0
-    assert 0 <= most_processes(-1, True) <= 16
+    assert most_processes(5) == 5
+    assert most_processes(0) == 0
+    assert 0 <= most_processes(-1) <= 16
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert most_processes(5, True) == 0
+    assert most_processes(5) == 0
+
+
+def test_without_processes_kernels_are_only_counted(plan: StartPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_ahead, "python_executable", lambda: pytest.fail("a process was started"))
+    ahead = CompileAhead(plan, 0)
+    triton.knobs.compilation.listener(src=None, cache_hit=False)
+    ahead.wait_for_attention()
+    ahead.wait()
+    assert ahead.close() == "kernels: 1 compiled one by one"
 
 
 def test_times_of_a_start_are_told_by_part() -> None:
