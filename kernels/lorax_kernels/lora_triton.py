@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorax_kernels import skinny_gemm
+from lorax_kernels import prefill_gemm, skinny_gemm
 from lorax_kernels.expand_kernels import bgmv_expand_kernel, sgmv_expand_kernel
 from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
+from lorax_kernels.prefill_delta import TileDelta
 from lorax_kernels.sizes import next_power_of_2
 from lorax_kernels.skinny_gemm import ProductDelta
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
@@ -192,11 +193,13 @@ def linear_in_product(
     silu: bool = False,
     planes: bool = False,
 ) -> torch.Tensor | None:
-    """The base layer's output of a few rows with their deltas, in two launches: shrink, and a product that adds h B,
-    and with `silu` does `silu_mul`. With `planes` the output may be some, as `skinny_gemm.begin_linear` gives them.
-    None where the configuration, the number of rows or the tables want another way."""
+    """The base layer's output of few or many rows with their deltas, in two launches: shrink, and a product that adds
+    h B, and with `silu` does `silu_mul`. With `planes` the output may be some, as `skinny_gemm.begin_linear` gives
+    them. None where the configuration, the number of rows or the tables want another way."""
+    if not work.shape.decode:
+        return _many_in_product(x, layer, weights, work, out_slices, config, silu)
     wanted = config.one_row_in_product if work.num_tokens == 1 else config.rows_in_product
-    if not wanted or not work.shape.decode:
+    if not wanted:
         return None
     product = skinny_gemm.config_with_delta(x, layer[0])
     if product is None or (silu and not skinny_gemm.does_silu(x, layer[0], product)):
@@ -206,6 +209,28 @@ def linear_in_product(
     if planes:
         return skinny_gemm.begin_linear(x, *layer, product, delta)
     return skinny_gemm.skinny_linear(x, *layer, product, delta, silu)
+
+
+def _many_in_product(
+    x: torch.Tensor,
+    layer: tuple[torch.Tensor, torch.Tensor | None],
+    weights: tuple[torch.Tensor, torch.Tensor],
+    work: LoraWork,
+    out_slices: tuple[int, ...],
+    config: LoraConfig,
+    silu: bool,
+) -> torch.Tensor | None:
+    """`linear_in_product` of prefill."""
+    weight, bias = layer
+    product = None
+    if not (silu and bias is not None):
+        product = prefill_gemm.chosen_with_delta(x, weight, work, out_slices, silu)
+    if product is None:
+        return None
+    delta = TileDelta(shrink(x, weights[0], work, config).planes, weights[1], work, out_slices)
+    if silu:
+        return prefill_gemm.prefill_linear_silu(x, weight, product, delta)
+    return prefill_gemm.prefill_linear(x, weight, bias, product, delta)
 
 
 @functools.cache

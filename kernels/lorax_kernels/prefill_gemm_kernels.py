@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from lorax_kernels.fused_triton import silu_mul_block
+from lorax_kernels.prefill_delta_kernels import DELTA_VARYING, add_deltas, halves
 
 
 @triton.jit
@@ -27,20 +28,31 @@ def _place(tile, num_m, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile [BLOCK_M, BLOCK_N]."""
-    apart = tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-    return tl.split(apart)
-
-
-@triton.jit(do_not_specialize=("tokens", "columns"))
-def prefill_gemm_kernel(
-    x_desc, w_desc, out_desc, bias_ptr, tokens, columns,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PARTS: tl.constexpr, FLATTEN: tl.constexpr, HAS_BIAS: tl.constexpr,
+def _store_parts(
+    out_desc, tile, row, column, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """x [tokens, K] times the weight [columns, K], all tensor descriptors; the result is written in `PARTS` (1 or 2)
-    pieces a tile."""
+    """Write a tile in `PARTS` (1, 2 or 4) pieces side by side, which take as much less shared memory."""
+    if PARTS == 1:
+        out_desc.store([row, column], tile.to(out_desc.dtype))
+    else:
+        left, right = halves(tile, BLOCK_M, COLUMNS)
+        _store_parts(out_desc, left, row, column, BLOCK_M, COLUMNS // 2, PARTS // 2)
+        _store_parts(out_desc, right, row, column + COLUMNS // 2, BLOCK_M, COLUMNS // 2, PARTS // 2)
+
+
+_VARYING = ("tokens", "columns", *DELTA_VARYING)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def prefill_gemm_kernel(
+    x_desc, w_desc, out_desc, bias_ptr, tokens, columns, h_ptr, b_ptr, work_ptr, tiles_at, plane_rows, max_pages,
+    stride_page, stride_b,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr, HAS_BIAS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    W2: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr, LIST_ROWS: tl.constexpr,
+):  # fmt: skip
+    """x [tokens, K] times the weight [columns, K], all tensor descriptors, with the deltas of adapters if S > 0
+    (`prefill_delta_kernels`); the result is written in `PARTS` (1, 2 or 4) pieces a tile, with deltas 2 or 4."""
     num_m, num_n = tl.cdiv(tokens, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
@@ -53,21 +65,30 @@ def prefill_gemm_kernel(
         if HAS_BIAS:
             n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-        if PARTS == 1:
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], acc.to(out_desc.dtype))
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        if S == 0:
+            _store_parts(out_desc, acc, row, column, BLOCK_M, BLOCK_N, PARTS)
         else:
-            left, right = _halves(acc, BLOCK_M, BLOCK_N)
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], left.to(out_desc.dtype))
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], right.to(out_desc.dtype))
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = halves(acc, BLOCK_M, BLOCK_N)
+            left, right = add_deltas(
+                left, right, row, column, column + HALF, h_ptr, b_ptr, work_ptr, tiles_at, plane_rows, max_pages,
+                stride_page, stride_b, False, W0, W1, W2, S, SPLITS, LIST_ROWS, BLOCK_M, HALF,
+            )  # fmt: skip
+            _store_parts(out_desc, left, row, column, BLOCK_M, HALF, PARTS // 2)
+            _store_parts(out_desc, right, row, column + HALF, BLOCK_M, HALF, PARTS // 2)
 
 
-@triton.jit(do_not_specialize=("tokens", "columns"))
+@triton.jit(do_not_specialize=_VARYING)
 def prefill_silu_kernel(
-    x_desc, w_desc, out_desc, tokens, columns,
+    x_desc, w_desc, out_desc, tokens, columns, h_ptr, b_ptr, work_ptr, tiles_at, plane_rows, max_pages, stride_page,
+    stride_b,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr, W0: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr,
+    LIST_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of x [tokens, K] times the weight [2, columns, K], gate first, all tensor descriptors.
+    """silu(gate) * up of x [tokens, K] times the weight [2, columns, K], gate first, all tensor descriptors, with
+    the deltas of adapters if S > 0; written in `PARTS` (1, 2 or 4) pieces a tile.
 
     A tile is BLOCK_N columns of gate and the same of up, whose weights lie below each other in shared memory and are
     one product.
@@ -81,7 +102,14 @@ def prefill_silu_kernel(
             a = x_desc.load([tile_m * BLOCK_M, step * BLOCK_K])
             w = tl.reshape(w_desc.load([0, tile_n * BLOCK_N, step * BLOCK_K]), (2 * BLOCK_N, BLOCK_K))
             both = tl.dot(a, w.T, both, input_precision="ieee")
-        gate, up = _halves(both, BLOCK_M, 2 * BLOCK_N)
+        gate, up = halves(both, BLOCK_M, 2 * BLOCK_N)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        if S > 0:
+            gate, up = add_deltas(
+                gate, up, row, column, column + W0, h_ptr, b_ptr, work_ptr, tiles_at, plane_rows, max_pages,
+                stride_page, stride_b, True, W0, W0, 0, S, SPLITS, LIST_ROWS,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         # Rounded where the product alone would be, so that both ways give the same numbers.
         active = silu_mul_block(gate.to(out_desc.dtype), up.to(out_desc.dtype))
-        out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], active)
+        _store_parts(out_desc, active, row, column, BLOCK_M, BLOCK_N, PARTS)

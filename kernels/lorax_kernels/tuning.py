@@ -187,6 +187,9 @@ class PrefillConfig:
     `group` rows of tiles are gone through together. There are `programs` programs a multiprocessor, each of which goes
     from tile to tile, or one a tile with 0. See `prefill_gemm_kernels` for `parts` and `flatten`; before SiLU and
     multiplication `block_n` counts the columns of gate.
+
+    With `delta` the product of a site adds the adapters' deltas itself, whatever `kernel` says, unless some tile would
+    go through more than `most_groups` pairs of pages; without it, or then, a kernel of its own does (`lora_triton`).
     """
 
     kernel: str = "blas"
@@ -199,6 +202,8 @@ class PrefillConfig:
     programs: int = 1
     parts: int = 1
     flatten: bool = True
+    delta: bool = False
+    most_groups: int = 48
 
 
 @functools.cache
@@ -212,6 +217,9 @@ DEFAULT_NODE = NodeConfig()
 DEFAULT_GEMM = GemmConfig()
 DEFAULT_PREFILL = PrefillConfig()
 DEFAULT_PREFILL_SILU = PrefillConfig(block_n=128, stages=4)
+# What a delta brings to shared memory has room where the result leaves in more pieces.
+DEFAULT_PREFILL_DELTA = PrefillConfig(stages=4, parts=4)
+DEFAULT_PREFILL_SILU_DELTA = PrefillConfig(block_n=128, stages=4, group=16, parts=2)
 _Config = TypeVar("_Config", LoraConfig, AttentionConfig, NodeConfig, GemmConfig, PrefillConfig)
 
 
@@ -252,17 +260,25 @@ def gemm_config(num_tokens: int, columns: int, width: int, device: int | None = 
 
 @functools.lru_cache(maxsize=4096)
 def prefill_config(
-    num_tokens: int, columns: int, width: int, device: int | None = None, silu: bool = False
+    num_tokens: int,
+    columns: int,
+    width: int,
+    device: int | None = None,
+    silu: bool = False,
+    delta: bool = False,
 ) -> PrefillConfig:
     """The configuration of a base layer [columns, width] for many rows on CUDA device `device`, with SiLU and
-    multiplication after it if `silu`.
+    multiplication after it if `silu`, and adapters if `delta`.
 
     Only what was measured counts: the entry of this very shape for the most rows that are not over `num_tokens`.
     """
-    shapes = {} if device is None else _prefill_table(device, silu)
+    shapes = {} if device is None else _prefill_table(device, silu, delta)
     sizes = shapes.get(f"{columns}x{width}", {})
     nearest = max((rows for rows in sizes if rows <= num_tokens), default=0)
-    default = DEFAULT_PREFILL_SILU if silu else DEFAULT_PREFILL
+    if delta:
+        default = DEFAULT_PREFILL_SILU_DELTA if silu else DEFAULT_PREFILL_DELTA
+    else:
+        default = DEFAULT_PREFILL_SILU if silu else DEFAULT_PREFILL
     return _choose({nearest: sizes[nearest]} if nearest else {}, "prefill", default, num_tokens)
 
 
@@ -270,7 +286,7 @@ def prefill_rows(device: int | None) -> list[int]:
     """Numbers of rows from which `prefill_config` has another entry for some shape."""
     if device is None:
         return []
-    tables = (_prefill_table(device, silu) for silu in (False, True))
+    tables = (_prefill_table(device, silu, delta) for silu in (False, True) for delta in (False, True))
     return sorted({rows for table in tables for sizes in table.values() for rows in sizes})
 
 
@@ -345,9 +361,11 @@ def _gemm_table(device: int) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
 
 
 @functools.cache
-def _prefill_table(device: int, silu: bool) -> dict[str, dict[int, dict[str, Any]]]:
-    """By shape and rows: {"configs": {"COLUMNSxWIDTH": {rows: entry}}, "silu": the same}; both may be missing."""
-    shapes = _read(device, "prefill").get("silu" if silu else "configs", {})
+def _prefill_table(device: int, silu: bool, delta: bool) -> dict[str, dict[int, dict[str, Any]]]:
+    """By shape and rows: {"configs": {"COLUMNSxWIDTH": {rows: entry}}, "silu": the same}, and with adapters "delta" and
+    "silu+delta"; any may be missing."""
+    kind = ("silu+delta" if silu else "delta") if delta else ("silu" if silu else "configs")
+    shapes = _read(device, "prefill").get(kind, {})
     return {shape: {int(rows): entry for rows, entry in sizes.items()} for shape, sizes in shapes.items()}
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lorax_kernels.tile_listing import list_tiles
 from lorax_kernels.worklist import (
+    GROUP_RECORD,
     HEADER,
     RECORD,
     TOKEN_RECORD,
@@ -17,6 +19,9 @@ from lorax_kernels.worklist import (
     WorkCapacity,
     WorkShape,
 )
+
+_FIRST = np.zeros(1, dtype=np.int32)
+_NO_GROUPS = np.zeros((0, GROUP_RECORD), dtype=np.int32), 0
 
 
 def build_work(
@@ -59,9 +64,10 @@ def build_work(
     units[:, 0] = pages[units[:, 5] + units[:, 3]]
     bare_rows = _bare_rows(num_tokens, rows, shape)
     bare = _bare_blocks(rows.size, bare_rows, shape)
+    groups, most_groups = _groups(shape, num_tokens, rows, starts, num_pages, pages)
     needed = WorkCapacity(
         rows.size + bare_rows.size, blocks.shape[0] + bare.shape[0], units.shape[0], pages.size,
-        num_tokens if shape.decode else 0,
+        num_tokens if shape.decode else 0, groups.shape[0],
     )  # fmt: skip
     memory = _memory_for(needed, device, buffer)
     capacity, flat = memory.capacity, memory.flat
@@ -79,10 +85,11 @@ def build_work(
         (capacity.units_at, units),
         (capacity.pages_at, pages),
         (capacity.tokens_at, by_token),
+        (capacity.groups_at, groups),
     ):
         flat[at : at + part.size] = part.reshape(-1)
     counted = blocks.shape[0], units.shape[0], num_single, int(block_units[:num_single].sum()), bare.shape[0]
-    return _sent(memory, counted, num_tokens, rows.size, int(num_pages.max(initial=0)))
+    return _sent(memory, counted, num_tokens, rows.size, int(num_pages.max(initial=0)), most_groups)
 
 
 def build_work_of_one(
@@ -103,9 +110,10 @@ def build_work_of_one(
     else:
         bare_rows = _bare_rows(num_tokens, rows, shape)
     num_bare = -(-bare_rows.size // step)
+    groups, most_groups = _groups(shape, num_tokens, rows, _FIRST, np.array([num_pages]), pages)
     needed = WorkCapacity(
         count + bare_rows.size, num_blocks + num_bare, num_blocks * block_units, num_pages,
-        num_tokens if shape.decode else 0,
+        num_tokens if shape.decode else 0, groups.shape[0],
     )  # fmt: skip
     memory = _memory_for(needed, device, buffer)
     at, flat = memory.capacity, memory.flat
@@ -133,9 +141,11 @@ def build_work_of_one(
         mine = slice(count) if in_front else rows
         tokens[mine] = 0, 0, num_pages, 0
         tokens[mine, 0] = np.arange(count)
+    if groups.size:
+        flat[at.groups_at :][: groups.size] = groups.reshape(-1)
     single = int(in_last == 1)
     counted = num_blocks, num_blocks * block_units, single, single * block_units, num_bare
-    return _sent(memory, counted, num_tokens, count, num_pages)
+    return _sent(memory, counted, num_tokens, count, num_pages, most_groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,12 @@ def _memory_for(needed: WorkCapacity, device: torch.device | str, buffer: WorkBu
 
 
 def _sent(
-    memory: _Memory, counted: tuple[int, int, int, int, int], num_tokens: int, num_rows: int, max_pages: int
+    memory: _Memory,
+    counted: tuple[int, int, int, int, int],
+    num_tokens: int,
+    num_rows: int,
+    max_pages: int,
+    most_groups: int,
 ) -> LoraWork:
     """Complete a list and take it to the device. `counted`: row blocks, units, blocks of one row, their units, bare
     blocks."""
@@ -182,7 +197,15 @@ def _sent(
         num_bare=num_bare,
         num_units=num_units,
         fixed=buffer is not None,
+        most_groups=most_groups,
     )
+
+
+def _groups(
+    shape: WorkShape, num_tokens: int, rows: IntArray, starts: IntArray, num_pages: IntArray, pages: IntArray
+) -> tuple[IntArray, int]:
+    """What products of many rows read; none in decode, which has others."""
+    return _NO_GROUPS if shape.decode else list_tiles(num_tokens, rows, starts, num_pages, pages)
 
 
 def _bare_rows(num_tokens: int, rows: IntArray, shape: WorkShape) -> IntArray:

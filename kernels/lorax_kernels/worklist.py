@@ -13,6 +13,7 @@ Sections, in this order (capacities in `WorkCapacity`):
     pages  [pages]           page numbers, adapter by adapter
     tokens [tokens, 4]       of every token row, in decode: its position in `rows` or -1, first position in `pages`,
                              pages (0 if it has no adapter), 0
+    groups [groups, 16]      in prefill: what every `TILE_ROWS` token rows meet (`tile_listing`)
 
 A row block is at most `block_rows` rows of one adapter; a unit is a row block times one group of its adapter's pages.
 Blocks of a single row, and their units, come first: kernels treat them as matrix-vector products.
@@ -31,6 +32,8 @@ import torch
 HEADER = 8
 RECORD = 8
 TOKEN_RECORD = 4
+GROUP_RECORD = 16
+TILE_ROWS = 128
 DECODE_MAX_TOKENS = 256
 """Up to this many token rows a batch counts as decode: small row blocks, one page a unit."""
 GRAPH_MAX_TOKENS = 512
@@ -49,6 +52,7 @@ class WorkCapacity:
     units: int
     pages: int
     tokens: int
+    groups: int = 0
 
     @property
     def blocks_at(self) -> int:
@@ -71,8 +75,12 @@ class WorkCapacity:
         return self.pages_at + self.pages
 
     @property
-    def size(self) -> int:
+    def groups_at(self) -> int:
         return self.tokens_at + TOKEN_RECORD * self.tokens
+
+    @property
+    def size(self) -> int:
+        return self.groups_at + GROUP_RECORD * self.groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,7 @@ class LoraWork:
 
     `max_pages` bounds the pages of any adapter in the list; with `fixed`, the list lives in a `WorkBuffer` and only
     capacities may be used for grids. Otherwise `num_blocks`, `num_bare` and `num_units` are this batch's own.
+    `most_groups` is how many groups the tile with the most of them has.
     """
 
     data: torch.Tensor
@@ -108,6 +117,7 @@ class LoraWork:
     num_bare: int
     num_units: int
     fixed: bool
+    most_groups: int = 0
 
 
 class WorkBuffer:

@@ -76,15 +76,24 @@ def test_a_shapes_own_entry_goes_before_that_of_the_width_unless_it_is_for_more_
 def test_products_of_many_rows_are_ours_only_where_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"kernel": "triton", "block_m": 64}
     tables = {
-        False: {"4096x512": {2048: entry, 8192: entry | {"block_m": 256}}},
-        True: {"8192x512": {2048: entry}},
+        (False, False): {"4096x512": {2048: entry, 8192: entry | {"block_m": 256}}},
+        (True, False): {"8192x512": {2048: entry}},
+        (False, True): {"4096x512": {512: {"delta": True, "stages": 3}}},
+        (True, True): {},
     }
-    monkeypatch.setattr(tuning, "_prefill_table", lambda device, silu: tables[silu])
+    monkeypatch.setattr(tuning, "_prefill_table", lambda device, silu, delta: tables[silu, delta])
     asked = [(rows, columns, 512, 0) for columns in (4096, 8192) for rows in (2047, 2048, 8191, 9000)]
     assert [prefill_config(*each).block_m for each in asked] == [128, 64, 64, 256] + [128] * 4
     assert [prefill_config(*each).kernel for each in asked[::4]] == ["blas", "blas"]
     assert prefill_config(4096, 8192, 512, 0, silu=True).kernel == "triton"
     assert prefill_config(4096, 4096, 512, 0, silu=True).kernel == "blas"
+    with_adapters = [prefill_config(rows, 4096, 512, 0, delta=True) for rows in (511, 512)]
+    assert [(config.delta, config.stages, config.parts) for config in with_adapters] == [
+        (False, 4, 4),
+        (True, 3, 4),
+    ]
+    assert not prefill_config(512, 4096, 512, 0, silu=True, delta=True).delta
+    assert tuning.prefill_rows(0) == [512, 2048, 8192]
     tuning.forget_configs()
     monkeypatch.setenv("LORAX_PREFILL_CONFIG", '{"kernel": "triton"}')
     assert prefill_config(300, 64, 512, 0).block_n == 2 * prefill_config(300, 64, 512, 0, silu=True).block_n
