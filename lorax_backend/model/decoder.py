@@ -180,6 +180,16 @@ class Decoder:
             active = sites["gate_up"].silu_mul(layer.gate_up, normed, lora.gate_up)
         return x, active
 
+    def run_products(self, rows: int, lora: LoraBatch | None) -> None:
+        """The products of a layer for that many rows, for the sake of what that compiles."""
+        layer, sites = self.weights.layers[0], self._sites[0]
+        for name in ("qkv", "o", "gate_up", "down"):
+            linear: Linear = getattr(layer, name)
+            if linear.weight is not None:
+                width, like = linear.weight.shape[1], linear.weight
+                run = sites[name].silu_mul if name == "gate_up" else sites[name].project
+                run(linear, torch.zeros(rows, width, dtype=like.dtype, device=like.device), lora)
+
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
         """Last norm and language model head: hidden [R, hidden] of the rows that sample -> [R, vocab]."""
         normed, _ = rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)

@@ -26,23 +26,21 @@ def warm_up_prefill(decoder: Decoder, builder: BatchBuilder, cache: KvCache) -> 
             device,
         )
         ids = torch.zeros(tokens, dtype=torch.int32, device=device)
-        work = LoraBatch.build(
-            np.zeros(tokens, dtype=np.int32),
-            np.zeros((1, builder.arena.max_pages_per_slot), dtype=np.int32),
-            np.full(1, PAGE_RANK * min(2, builder.arena.max_pages_per_slot), dtype=np.int32),
-            device,
-        )
+        work = _one_adapter(tokens, builder)
         hidden = decoder.forward(ids, ids, attention, LoraBatches(work, work, work, work), cache)
         decoder.logits(hidden, work)
     if device.type != "cpu":
-        _warm_up_products(decoder, device)
+        # Products of as many rows as the tables of this device tell apart, which may have others with adapters.
+        for rows in prefill_rows(device.index):
+            decoder.run_products(rows, None)
+            decoder.run_products(rows, _one_adapter(rows, builder))
 
 
-def _warm_up_products(decoder: Decoder, device: torch.device) -> None:
-    """A layer's products of as many rows as the tables of this device tell apart."""
-    layer = decoder.weights.layers[0]
-    for rows in prefill_rows(device.index):
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-            if linear.weight is not None:
-                x = torch.zeros(rows, linear.weight.shape[1], dtype=linear.weight.dtype, device=device)
-                linear.silu_mul(x) if linear is layer.gate_up else linear(x)
+def _one_adapter(tokens: int, builder: BatchBuilder) -> LoraBatch | None:
+    """All rows of a step of one adapter, in the first pages there are."""
+    return LoraBatch.build(
+        np.zeros(tokens, dtype=np.int32),
+        np.zeros((1, builder.arena.max_pages_per_slot), dtype=np.int32),
+        np.full(1, PAGE_RANK * min(2, builder.arena.max_pages_per_slot), dtype=np.int32),
+        builder.device,
+    )
