@@ -3,15 +3,15 @@
 product that adds the deltas to its tiles.
 
     python perf/kernels_prefill_delta.py --jobs 14
-    python perf/kernels_prefill_delta.py --rows 512,2048,8192 --adapters 32 --jobs 14
+    python perf/kernels_prefill_delta.py --rows 512,1024,2048,4096,8192 --adapters 32 --jobs 14
 
 Every choice is first compiled and compared with float64 in a process of its own, and one that is wrong, fails, or
 does not answer is left out and named. Then all ways to compute a site take turns (`prefill_gemm_turns`), `gate_up`
 with SiLU and multiplication after it: the product alone, as the tables choose it; shrink alone; product, shrink and
 expand; shrink and a product that adds the deltas, by choice.
 
-Written to --out: prefill_delta-MODEL.json, and prefill_delta_smXX.json with the sections "delta" and "silu+delta" for
-the table lorax_kernels/tuned/prefill_smXX.json, of what was faster than an expand at the most adapters.
+Written to --out: prefill_delta-MODEL.json, and prefill_smXX.json: the table of that name in lorax_kernels/tuned with
+new sections "delta" and "silu+delta", of what was faster than an expand at the most adapters. It takes effect there.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def main() -> None:
     )
     numbers = lambda text: [int(value) for value in text.split(",")]  # noqa: E731
     parser.add_argument("--model", default="8b", choices=SHAPES)
-    parser.add_argument("--rows", type=numbers, default=[8192])
+    parser.add_argument("--rows", type=numbers, default=[2048, 8192])
     parser.add_argument("--adapters", type=numbers, default=[1, 4, 32])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--turns", type=int, default=9)
@@ -245,9 +245,12 @@ def main() -> None:
             report["layers"].append(layer)
             print(f"\na layer, {rows} rows, {adapters} adapters: {bare_us:.0f} us; with an expand"
                   f" {expand_us - bare_us:+.0f}, the fastest {product_us - bare_us:+.0f}", flush=True)  # fmt: skip
-    major, minor = torch.cuda.get_device_capability()
     (args.out / f"prefill_delta-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / f"prefill_delta_sm{major}{minor}.json").write_text(json.dumps(table, indent=1) + "\n")
+    major, minor = torch.cuda.get_device_capability()
+    name = f"prefill_sm{major}{minor}.json"
+    known = ROOT / "kernels" / "lorax_kernels" / "tuned" / name
+    whole = (json.loads(known.read_text()) if known.is_file() else {}) | table
+    (args.out / name).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ one: a tile waits for memory twice, and a tile without adapters once.
 The tensor cores multiply here as they did before Hopper (`mma`), 16 rows at a time, which is why everything has three
 dimensions: with a second use of `wgmma` on the sums of a tile the assembler no longer lets those of the main loop
 overlap (C7515). The sums of both lie in the same registers.
+
+A row of another adapter has zeros for h. That is nothing added as long as B is finite, which a loaded adapter's is.
 """
 
 from __future__ import annotations

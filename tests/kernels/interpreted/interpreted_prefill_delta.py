@@ -149,7 +149,7 @@ def _by_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_by_environment")
 @pytest.mark.parametrize(
-    ("tokens", "ranks", "ours"), [(256, (8,), 0), (257, (8, 8), 3), (257, (8, 88), 0)], ids=str
+    ("tokens", "ranks", "ours"), [(20, (8,), 0), (257, (8, 8), 3), (257, (8, 88), 0)], ids=str
 )
 def test_a_site_of_many_rows_is_two_launches(
     tokens: int, ranks: tuple[int, ...], ours: int, monkeypatch: pytest.MonkeyPatch
