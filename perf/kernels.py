@@ -44,7 +44,6 @@ from kernels_lora import (
     PREFILL_EXPAND_CHOICES,
     PREFILL_SHRINK_CHOICES,
     ROWS,
-    ROWS_SHRINK_CHOICES,
     SHAPES,
     SHRINK_CHOICES,
     Bench,
@@ -55,10 +54,10 @@ from kernels_lora import (
 from kernels_nodes import (
     FUSE_CHOICES,
     FUSE_MODE_CHOICES,
+    FUSE_ROPE_CHOICES,
     FUSE_WHERE_CHOICES,
     LONG_CHOICES,
     NODES,
-    PRODUCT_CHOICES,
 )
 from kernels_timing import measured_floors
 from table_text import text_of
@@ -105,7 +104,8 @@ def warm(model: str, share: str, tuning: str) -> None:
             decode += [replace(DEFAULT, pdl=p, **c) for c in choices for p in (False, True)]
             prefill += [replace(DEFAULT, **c) for c in PREFILL_SHRINK_CHOICES + PREFILL_EXPAND_CHOICES]
         fuses = FUSE_CHOICES if tuning and NODES[name] == "silu" else [{}]
-        more = PRODUCT_CHOICES + LONG_CHOICES if tuning else []
+        more = LONG_CHOICES if tuning else []
+        more = [*more, *FUSE_ROPE_CHOICES] if NODES[name] == "rope" else more
         for config in tables:
             decode += [replace(config, **f, **form) for f in fuses for form in FORMS.values()]
             decode += [replace(config, **c) for c in more]
@@ -210,15 +210,18 @@ def checked(unchecked: bool) -> dict[str, Any] | None:
         raise SystemExit(f"no numbers: {error}\n(--unchecked measures all the same, and says so)") from error
 
 
-_SEPARATE = {"fuse_norm": False, "fuse_silu": False, "one_row_in_product": False, "rows_in_product": False}
+_SEPARATE = {
+    "fuse_norm": False,
+    "fuse_silu": False,
+    "fuse_rope": False,
+    "one_row_in_product": False,
+}
 FORMS: dict[str, dict[str, Any]] = {
     "separate": _SEPARATE,
-    "fused": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": False},
-    "fused, early": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_pdl": True},
-    "in the product": _SEPARATE | {"one_row_in_product": True, "rows_in_product": True},
-    "in product or norm": _SEPARATE | {"one_row_in_product": True, "rows_in_product": True, "fuse_norm": True,
-                                       "fuse_pdl": True},
-}  # fmt: skip
+    "fused": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_rope": True, "fuse_pdl": False},
+    "fused, early": _SEPARATE | {"fuse_norm": True, "fuse_silu": True, "fuse_rope": True, "fuse_pdl": True},
+    "one row in the product": _SEPARATE | {"one_row_in_product": True},
+}
 """Fields of the configuration that stand for each form of decode's expand."""
 
 
@@ -271,14 +274,12 @@ def search_lora(
             kept = replace(lora_config(size, True, 0), **_SEPARATE)
             separate = tune(bench, listed, kept, [[{}]], log)
         start = replace(separate[1], fuse_norm=True, fuse_silu=True)
-        fused = tune(bench, listed, start, [FUSE_MODE_CHOICES, FUSE_CHOICES, FUSE_WHERE_CHOICES], log)
+        stages = [FUSE_MODE_CHOICES, FUSE_ROPE_CHOICES, FUSE_CHOICES, FUSE_WHERE_CHOICES, LONG_CHOICES]
+        fused = tune(bench, listed, start, stages, log)
         ways = [separate, fused]
         if tokens == 1:
             kept = replace(separate[1], one_row_in_product=True)
             ways.append(tune(bench, listed, kept, [ONE_ROW_CHOICES, LONG_CHOICES], log))
-        elif tokens <= 32:
-            kept = replace(fused[1], rows_in_product=True)
-            ways.append(tune(bench, listed, kept, [PRODUCT_CHOICES, ROWS_SHRINK_CHOICES, LONG_CHOICES], log))
         print("  best each way: " + ", ".join(f"{score:.3f}" for score, _ in ways), flush=True)
         found[size] = min(ways, key=lambda pair: pair[0])[1]
     if not everything:

@@ -84,13 +84,6 @@ ONE_ROW_CHOICES = [
         (512, 8, 3, 9, 4), (256, 2, 4, 10, 12),
     )
 ]  # fmt: skip
-ROWS_SHRINK_CHOICES = [
-    {"block_k": k, "shrink_warps": w, "split_shift": s, "target_log2": t, "shrink_waves": v}
-    for k, w, s, t, v in (
-        (512, 4, 3, 9, 6), (512, 4, 2, 9, 6), (256, 4, 3, 9, 8), (1024, 4, 3, 9, 5), (512, 2, 3, 9, 8),
-        (512, 4, 2, 8, 6),
-    )
-]  # fmt: skip
 PREFILL_SHRINK_CHOICES = [
     {"prefill_block_k": k, "prefill_splits": s, "prefill_stages": t, "prefill_shrink_warps": w}
     for k, s, t, w in (

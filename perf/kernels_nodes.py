@@ -34,11 +34,7 @@ FUSE_MODE_CHOICES = [
 FUSE_WHERE_CHOICES = [
     {"fuse_norm": norm, "fuse_silu": silu} for norm in (False, True) for silu in (False, True)
 ]
-PRODUCT_CHOICES = [
-    {"rows_in_product": True, "fuse_norm": norm, "product_group": group}
-    for norm in (False, True)
-    for group in (2, 4, 8)
-]
+FUSE_ROPE_CHOICES = [{"fuse_rope": False}] + [{"fuse_rope": True, "fuse_rope_heads": n} for n in (2, 4, 8)]
 LONG_CHOICES = [{"long_input": 0}] + [
     {"long_input": 8192, "long_block_k": k, "long_split_shift": s, "long_target_log2": t}
     for k, s, t in ((1024, 4, 10), (2048, 3, 9), (2048, 4, 10), (1024, 3, 9), (512, 4, 10))
@@ -95,8 +91,14 @@ class Chain:
     def _node(self, out: torch.Tensor, delta: object) -> tuple[torch.Tensor, ...]:
         if self.kind == "norm":
             return rms_norm(self._residual, self._weight, _EPS, out, delta)  # type: ignore[arg-type]
-        assert delta is None
-        queries = rope_and_cache(out, self._heads, self._rope, self._cache, self._slots)  # type: ignore[arg-type]
+        queries = rope_and_cache(
+            out,
+            self._heads,
+            self._rope,
+            self._cache,
+            self._slots,
+            delta=delta,  # type: ignore[arg-type]
+        )
         kv = (cache.view(-1, *cache.shape[2:])[: out.shape[-2]] for cache in self._cache)
         return queries, *kv
 

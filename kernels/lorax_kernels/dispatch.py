@@ -114,11 +114,11 @@ def begin_lora_linear(
     out_slices: tuple[int, ...],
 ) -> tuple[torch.Tensor, Delta | None]:
     """`lora_linear` for a caller that gives the result to `rms_norm`, if it has one slice, with two to `silu_mul`, with
-    three to `rope_and_cache`, and to nothing else: the first two may add the deltas on the way, and for the first and
-    the last it may be planes, as in `begin_linear`.
+    three to `rope_and_cache`, and to nothing else: these may add the deltas on the way. For the first and the last it
+    may be planes, as in `begin_linear`.
 
     Returns:
-        [T, out], and the deltas that it lacks, to be given along with it; None if it lacks none, as with three slices.
+        [T, out], and the deltas that it lacks, to be given along with it; None if it lacks none.
     """
     if _uses_triton(x):
         from lorax_kernels import expand_nodes
@@ -212,11 +212,16 @@ def rope_and_cache(
     slot_mapping: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
+    delta: Delta | None = None,
 ) -> torch.Tensor:
     """Rotate queries and keys, store keys and values; see `fused_reference.rope_and_cache`. On a device qkv may be
-    planes, as the residual of `rms_norm`."""
+    planes, as the residual of `rms_norm`. `delta` is what `begin_lora_linear` gave along with it."""
     if _uses_triton(qkv):
-        from lorax_kernels import fused_triton
+        from lorax_kernels import expand_nodes, fused_triton
 
+        if delta is not None:
+            return expand_nodes.rope_and_cache_expand(
+                qkv, heads, rope, cache, slot_mapping, (norms, eps), delta
+            )
         return fused_triton.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)
     return fused_reference.rope_and_cache(qkv, heads, rope, cache, slot_mapping, norms, eps)

@@ -7,8 +7,7 @@ after it would: the delta is added in float32 and rounded to the output's type, 
 A norm works row by row and looks a row's adapter up in the work list's `tokens`. SiLU and multiplication, whose input
 is the widest, takes the list's row blocks, so that B is read once for up to 16 rows of one adapter; the list's bare
 blocks are the rows without one. With PDL each reads the adapters' B, which no kernel of the step writes, before it
-waits for the base layer. The rotary embedding had such a form too, and lost to expand as a launch of its own on an
-H100 at every size: with a program for some heads of a row, B is read again for every row.
+waits for the base layer. The rotary embedding (`rope_expand_kernels`) reads B again for every row, as norms do.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lorax_kernels.expand_node_kernels import norm_expand_kernel, silu_expand_ke
 from lorax_kernels.fused_triton import num_planes, silu_mul
 from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, linear_in_product, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
+from lorax_kernels.rope_expand_kernels import rope_expand_kernel
 from lorax_kernels.sizes import cdiv, next_power_of_2
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import DECODE_MAX_TOKENS, LoraWork
@@ -48,15 +49,12 @@ def begin_linear(
     """
     work = work_of(batch)
     config = config or lora_config(work.num_tokens, work.shape.decode, x.device.index)
-    fuses = (config.fuse_norm, config.fuse_silu, False)[len(out_slices) - 1]
+    whole = linear_in_product(x, layer, weights, work, out_slices, config)
+    if whole is not None:
+        return whole, None
+    fuses = (config.fuse_norm, config.fuse_silu, config.fuse_rope)[len(out_slices) - 1]
     fuses = fuses and work.shape.decode and work.num_tokens <= DECODE_MAX_TOKENS
-    before_norm = fuses and len(out_slices) == 1
-    if work.num_tokens == 1 or not before_norm:
-        planes = len(out_slices) != 2
-        whole = linear_in_product(x, layer, weights, work, out_slices, config, planes=planes)
-        if whole is not None:
-            return whole, None
-    out, h = linear_and_shrink(x, layer, weights[0], work, config, planes=before_norm)
+    out, h = linear_and_shrink(x, layer, weights[0], work, config, planes=fuses and len(out_slices) != 2)
     delta = Delta(h, weights[1], work, out_slices)
     if fuses:
         return out, delta
@@ -117,6 +115,34 @@ def silu_mul_expand(gate_up: torch.Tensor, delta: Delta) -> torch.Tensor:
         num_warps=config.fuse_warps, num_stages=1, **launch_options(config.fuse_pdl, config.fuse_registers),
     )  # fmt: skip
     return y
+
+
+def rope_and_cache_expand(
+    qkv: torch.Tensor,
+    heads: tuple[int, int],
+    rope: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    slot_mapping: torch.Tensor,
+    normed: tuple[tuple[torch.Tensor, torch.Tensor] | None, float],
+    delta: Delta,
+) -> torch.Tensor:
+    """`lorax_kernels.rope_and_cache` of qkv + delta, with `normed` = (norms, eps). qkv may be planes, and stays without
+    the delta."""
+    norms, eps = normed
+    positions, cos, sin = rope
+    k_cache, v_cache = cache
+    rows, dim, at = qkv.shape[-2], k_cache.shape[3], delta.work.capacity
+    q = torch.empty(rows, heads[0], dim, dtype=k_cache.dtype, device=qkv.device)
+    config = delta.h.config
+    pdl, block_h = config.fuse_pdl, config.fuse_rope_heads
+    rope_expand_kernel[(rows, cdiv(heads[0] + 2 * heads[1], block_h))](
+        qkv, positions, cos, sin, norms[0] if norms else qkv, norms[1] if norms else qkv, slot_mapping, q, k_cache,
+        v_cache, delta.h.planes, delta.b, delta.work.data, qkv.stride(-2), cos.stride(0), eps, delta.b.stride(0),
+        delta.b.stride(1), at.tokens_at, at.pages_at, delta.h.planes.shape[1], delta.work.max_pages, HEADS=heads[0],
+        KV_HEADS=heads[1], D=dim, BLOCK_D=next_power_of_2(dim // 2), BLOCK_H=block_h, QK_NORM=norms is not None,
+        **_splits(delta), PLANES=num_planes(qkv), PDL=pdl, num_warps=4, num_stages=1, **launch_options(pdl),
+    )  # fmt: skip
+    return q
 
 
 def _splits(delta: Delta) -> dict[str, int]:

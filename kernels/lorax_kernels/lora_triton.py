@@ -24,7 +24,7 @@ from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.prefill_delta import TileDelta
 from lorax_kernels.sizes import next_power_of_2
-from lorax_kernels.skinny_gemm import ProductDelta
+from lorax_kernels.skinny_gemm import RowDelta
 from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
 from lorax_kernels.worklist import LoraWork
 
@@ -191,23 +191,19 @@ def linear_in_product(
     config: LoraConfig,
     *,
     silu: bool = False,
-    planes: bool = False,
 ) -> torch.Tensor | None:
-    """The base layer's output of few or many rows with their deltas, in two launches: shrink, and a product that adds
-    h B, and with `silu` does `silu_mul`. With `planes` the output may be some, as `skinny_gemm.begin_linear` gives
-    them. None where the configuration, the number of rows or the tables want another way."""
+    """The base layer's output of one row, or of many, with their deltas, in two launches: shrink, and a product that
+    adds h B, and with `silu` does `silu_mul`. None where the configuration, the number of rows or the tables want
+    another way."""
     if not work.shape.decode:
         return _many_in_product(x, layer, weights, work, out_slices, config, silu)
-    wanted = config.one_row_in_product if work.num_tokens == 1 else config.rows_in_product
-    if not wanted:
+    if not config.one_row_in_product or work.num_tokens != 1:
         return None
-    product = skinny_gemm.config_with_delta(x, layer[0])
+    product = skinny_gemm.row_config(x, layer[0])
     if product is None or (silu and not skinny_gemm.does_silu(x, layer[0], product)):
         return None
     h = shrink(x, weights[0], work, _launched_early(config) if product.pdl else config)
-    delta = ProductDelta(h.planes, h.splits, weights[1], work, out_slices, config.product_group)
-    if planes:
-        return skinny_gemm.begin_linear(x, *layer, product, delta)
+    delta = RowDelta(h.planes, h.splits, weights[1], work, out_slices)
     return skinny_gemm.skinny_linear(x, *layer, product, delta, silu)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,11 @@ _LEAST_N = 16  # columns of a program; fewer would read x more often than the we
 
 
 @dataclass(frozen=True, slots=True)
-class ProductDelta:
-    """What adapters add to a product of a few rows: h B, or nothing where a row has no adapter.
+class RowDelta:
+    """What an adapter adds to a product of one row: h B, or nothing where the row has no adapter.
 
     `planes` is h as shrink writes it, for `work`, with `splits` as in `lora_triton.Shrunk`; `b` is [P, 8, out] and
-    contiguous in columns. Of several rows, `group` row blocks of the work list are multiplied at a time.
+    contiguous in columns.
     """
 
     planes: torch.Tensor
@@ -39,17 +40,13 @@ class ProductDelta:
     b: torch.Tensor
     work: LoraWork
     out_slices: tuple[int, ...]
-    group: int = 4
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.planes, self.b, self.work.data
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         at = self.work.capacity
         return (
-            self.b.stride(0), self.b.stride(1), at.tokens_at, at.pages_at, self.planes.shape[1], self.work.max_pages
+            self.planes, self.b, self.work.data, self.b.stride(0), self.b.stride(1), at.tokens_at, at.pages_at,
+            self.planes.shape[1], self.work.max_pages,
         )  # fmt: skip
 
     @property
@@ -60,12 +57,11 @@ class ProductDelta:
 
 
 _NO_DELTA = {"W0": 0, "W1": 0, "S": 0, "MAX_SHIFT": 0, "TARGET_LOG2": 0}
-_NO_SIZES = (0, 0, 0, 0, 0, 0)
 
 
-def config_with_delta(x: torch.Tensor, weight: torch.Tensor) -> GemmConfig | None:
-    """How x [T, in] is multiplied by a kernel that can add a `ProductDelta`; None if another multiplies it."""
-    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or not _fits(x, weight):
+def row_config(x: torch.Tensor, weight: torch.Tensor) -> GemmConfig | None:
+    """How x [1, in] is multiplied by a kernel that can add a `RowDelta`; None if another multiplies it."""
+    if x.dim() != 2 or x.shape[0] != 1 or not _fits(x, weight):
         return None
     config = _table_entry(x, weight)
     return config if config.kernel == "triton" else None
@@ -113,18 +109,14 @@ def begin_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     config: GemmConfig | None = None,
-    delta: ProductDelta | None = None,
 ) -> torch.Tensor:
-    """`lorax_kernels.begin_linear` on a device, as the table says, or few rows as `config` does. `delta` as in
-    `skinny_linear`, where `config_with_delta` has said that the product can add it."""
+    """`lorax_kernels.begin_linear` on a device, as the table says, or few rows as `config` does."""
     if bias is None and x.dim() == 2 and 2 <= x.shape[0] <= MAX_ROWS and _fits(x, weight):
         config = config or _table_entry(x, weight)
         if config.kernel == "triton" and config.fuse_sum:
-            planes = _product(x, weight, None, config.for_itemsize(x.element_size()), delta, least_splits=2)
+            planes = _product(x, weight, None, config.for_itemsize(x.element_size()), least_splits=2)
             if planes is not None:
                 return planes
-    if delta is not None:
-        return skinny_linear(x, weight, bias, config, delta)
     return linear(x, weight, bias, config)
 
 
@@ -133,7 +125,7 @@ def skinny_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     config: GemmConfig | None = None,
-    delta: ProductDelta | None = None,
+    delta: RowDelta | None = None,
     silu: bool = False,
 ) -> torch.Tensor:
     """x @ weight.T + bias for few rows, whatever `config.kernel` says.
@@ -143,8 +135,7 @@ def skinny_linear(
         weight: [out, in], contiguous, in a multiple of 16, of the same type.
         bias: [out] or None.
         config: the table's entry if None.
-        delta: of one row it is added to the rounded product, and the sum rounded again, as `lora_triton.expand` would;
-            of more rows it is added before the product is rounded.
+        delta: added to the rounded product, and the sum rounded again, as `lora_triton.expand` would; for one row.
         silu: do `silu_mul` as well, of gate and up one after the other in `weight`; K is not split then.
 
     Returns:
@@ -159,11 +150,10 @@ def skinny_linear(
             f"skinny_linear: x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype}"
         )
     if delta is not None and (
-        sum(delta.out_slices) != columns
+        x.shape[0] != 1
+        or sum(delta.out_slices) != columns
         or len(delta.out_slices) > 3
         or delta.b.stride(2) != 1
-        or not delta.work.shape.decode
-        or (silu and delta.out_slices != (columns // 2, columns // 2))
     ):
         raise ValueError(f"skinny_linear: a delta of slices {delta.out_slices} for {x.shape[0]} x {columns}")
     config = (config or _table_entry(x, weight)).for_itemsize(x.element_size())
@@ -171,7 +161,7 @@ def skinny_linear(
         return _row_product(x, weight, bias, config, delta, silu)
     if silu:
         config = replace(config, split_k=1)
-    out = _product(x, weight, bias, config, delta, silu)
+    out = _product(x, weight, bias, config, silu=silu)
     assert out is not None
     return out if out.dim() == 2 else _sum_planes(out, bias, x.dtype, config)
 
@@ -181,14 +171,13 @@ def _row_product(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     config: GemmConfig,
-    delta: ProductDelta | None,
+    delta: RowDelta | None,
     silu: bool,
 ) -> torch.Tensor:
     columns, width = weight.shape
     out = torch.empty(1, columns // 2 if silu else columns, dtype=x.dtype, device=x.device)
     skinny_row_kernel[(cdiv(columns, config.block_n),)](
-        x, weight, bias if bias is not None else x, out, *(delta.tensors if delta else (x, x, x)),
-        *(delta.sizes if delta else _NO_SIZES),
+        x, weight, bias if bias is not None else x, out, *(delta.arguments if delta else (x, x, x, 0, 0, 0, 0, 0, 0)),
         OUT=columns, K=width, BLOCK_N=config.block_n, BLOCK_K=config.block_k, STAGES=min(2, config.stages),
         HAS_BIAS=bias is not None, PDL=config.pdl, SILU=silu, num_warps=config.warps, num_stages=1,
         **(delta.constants if delta else _NO_DELTA), **launch_options(config.pdl),
@@ -201,7 +190,6 @@ def _product(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     config: GemmConfig,
-    delta: ProductDelta | None = None,
     silu: bool = False,
     least_splits: int = 1,
 ) -> torch.Tensor | None:
@@ -217,13 +205,11 @@ def _product(
         out = torch.empty(tokens, columns // 2 if silu else columns, dtype=x.dtype, device=x.device)
     has_bias = bias is not None and splits == 1
     skinny_rows_kernel[(cdiv(columns, block_n) * splits,)](
-        x, weight, bias if has_bias else x, out, *(delta.tensors if delta else (x, x, x)), tokens, x.stride(0),
-        *(delta.sizes if delta else _NO_SIZES), delta.work.capacity.blocks_at if delta else 0, OUT=columns, K=width,
+        x, weight, bias if has_bias else x, out, tokens, x.stride(0), OUT=columns, K=width,
         BLOCK_M=16 if tokens <= 16 else 32, BLOCK_N=block_n, BLOCK_K=config.block_k, SPLITS=splits,
         STAGES=config.stages, AHEAD=config.ahead, HAS_BIAS=has_bias, PDL=config.pdl, SILU=silu,
         SWAP=config.swap, PIECES=max(1, min(config.warps * 32 // block_n, config.block_k // 8)),
-        GROUP=delta.group if delta else 1, num_warps=config.warps, num_stages=1,
-        **(delta.constants if delta else _NO_DELTA), **launch_options(config.pdl),
+        num_warps=config.warps, num_stages=1, **launch_options(config.pdl),
     )  # fmt: skip
     return out
 

@@ -5,9 +5,8 @@ which no kernel writes, while the launch before it still runs, and waits for tha
 device then reads from memory through the gaps between launches. The launch after it may begin at once for the same
 reason; it waits in its turn.
 
-A product may add its rows' LoRA deltas h B as well (`product_delta_kernels`). Shrink is then the launch before it,
-beside which its first reads run, and expand is no launch. A single row's product is rounded and then added to, as
-expand does it; that of more rows is rounded once, with the delta in it.
+A product of one row may add the row's LoRA delta h B as well. Shrink is then the launch before it, beside which its
+first reads run, and expand is no launch. What is added to what, and where it is rounded, is as expand does it.
 """
 
 from __future__ import annotations
@@ -15,15 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorax_kernels.expand_node_kernels import _LISTED
+from lorax_kernels.expand_node_kernels import _LISTED, _token_record
 from lorax_kernels.fused_triton import silu_mul_block
-from lorax_kernels.product_delta_kernels import (
-    add_delta_of_rows,
-    delta_of_pages,
-    row_delta_record,
-    rows_of_adapters,
-    two_pages,
-)
+from lorax_kernels.lora_kernels import _split_shift
 
 
 @triton.jit
@@ -37,22 +30,6 @@ def _columns(tile, lane, OUT: tl.constexpr, BLOCK_N: tl.constexpr, SILU: tl.cons
         n = tile * BLOCK_N + lane
         seen = n < OUT
     return n, seen
-
-
-@triton.jit
-def _slices_of(
-    tile, OUT: tl.constexpr, BLOCK_N: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SILU: tl.constexpr
-):
-    """The first and the last slice in which a program's columns lie."""
-    if SILU:
-        first = tile * 0
-        last = first + 1
-    else:
-        begin = tile * BLOCK_N
-        end = tl.minimum(begin + BLOCK_N, OUT) - 1
-        first = (begin >= W0).to(tl.int32) + (begin >= W0 + W1).to(tl.int32)
-        last = (end >= W0).to(tl.int32) + (end >= W0 + W1).to(tl.int32)
-    return first, last
 
 
 @triton.jit
@@ -89,6 +66,28 @@ def _weight_tile(
     return tl.load(w_rows[:, None] + k[None, :], mask=seen, other=0.0, eviction_policy="evict_first")
 
 
+@triton.jit
+def _two_pages(b_ptr, page_list, j, num_pages, n, n_seen, stride_page, stride_b):
+    """B of pages j and j + 1, [16, columns]."""
+    r = tl.arange(0, 16)
+    seen = j + r // 8 < num_pages
+    pages = tl.load(page_list + j + r // 8, mask=seen, other=0).to(tl.int64)
+    where = (pages * stride_page + r % 8 * stride_b)[:, None] + n[None, :]
+    return tl.load(b_ptr + where, mask=seen[:, None] & n_seen[None, :], other=0.0)
+
+
+@triton.jit
+def _delta_of_pages(h_where, b, j, num_pages, n_seen, splits, stride_plane, MAX_SPLITS: tl.constexpr):
+    """h B of pages j and j + 1; `h_where` is where h of every column's slice begins, [columns]."""
+    r = tl.arange(0, 16)
+    seen = (j + r // 8 < num_pages)[:, None] & n_seen[None, :]
+    h = tl.zeros(b.shape, dtype=tl.float32)
+    for split in tl.static_range(MAX_SPLITS):
+        where = h_where[None, :] + split * stride_plane + (j * 8 + r)[:, None]
+        h += tl.load(where, mask=seen & (split < splits), other=0.0)
+    return tl.sum(h * b.to(tl.float32), axis=0)
+
+
 @triton.jit(do_not_specialize=_LISTED)
 def skinny_row_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, b_ptr, work_ptr, stride_page, stride_b, tokens_at, pages_at, plane_rows,
@@ -115,12 +114,12 @@ def skinny_row_kernel(
     if S > 0:
         # The list says where B is, and no read of the weight may come after waiting for that.
         tl.debug_barrier()
-        page_list, num_pages, splits, stride_plane = row_delta_record(
-            work_ptr, tokens_at, pages_at, plane_rows, max_pages, S, MAX_SHIFT, TARGET_LOG2
-        )
+        _, page_list, num_pages, _ = _token_record(work_ptr, tokens_at, pages_at, 0)
+        splits = 1 << _split_shift(tl.load(work_ptr + 3), S, TARGET_LOG2, MAX_SHIFT)
+        stride_plane = plane_rows * S * max_pages * 8
         which = (n >= W0).to(tl.int32) + (n >= W0 + W1).to(tl.int32)
         h_where = h_ptr + which * max_pages * 8  # an only row with an adapter is h's first
-        b = two_pages(b_ptr, page_list, 0, num_pages, n, n_seen, stride_page, stride_b)
+        b = _two_pages(b_ptr, page_list, 0, num_pages, n, n_seen, stride_page, stride_b)
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BLOCK_N, BLOCK_K // 8), dtype=tl.float32)
@@ -144,10 +143,10 @@ def skinny_row_kernel(
     made = total.to(out_ptr.dtype.element_ty)
     if S > 0:
         # Not before: h on its way would take registers from tiles of the weight.
-        delta = delta_of_pages(h_where, b, 0, num_pages, n_seen, splits, stride_plane, 1 << MAX_SHIFT)
+        delta = _delta_of_pages(h_where, b, 0, num_pages, n_seen, splits, stride_plane, 1 << MAX_SHIFT)
         for j in range(2, num_pages, 2):
-            b = two_pages(b_ptr, page_list, j, num_pages, n, n_seen, stride_page, stride_b)
-            delta += delta_of_pages(h_where, b, j, num_pages, n_seen, splits, stride_plane, 1 << MAX_SHIFT)
+            b = _two_pages(b_ptr, page_list, j, num_pages, n, n_seen, stride_page, stride_b)
+            delta += _delta_of_pages(h_where, b, j, num_pages, n_seen, splits, stride_plane, 1 << MAX_SHIFT)
         made = (made.to(tl.float32) + delta).to(made.dtype)
     if SILU:
         gate, up = tl.split(tl.trans(tl.reshape(made, (2, BLOCK_N // 2))))
@@ -157,24 +156,19 @@ def skinny_row_kernel(
         tl.store(out_ptr + n, made, mask=n_seen)
 
 
-@triton.jit(do_not_specialize=("tokens", "blocks_at", *_LISTED))
+@triton.jit(do_not_specialize=("tokens",))
 def skinny_rows_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, h_ptr, b_ptr, work_ptr, tokens, stride_x, stride_page, stride_b, tokens_at,
-    pages_at, plane_rows, max_pages, blocks_at,
+    x_ptr, w_ptr, bias_ptr, out_ptr, tokens, stride_x,
     OUT: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PIECES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr, SILU: tl.constexpr, SWAP: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, S: tl.constexpr,
-    MAX_SHIFT: tl.constexpr, TARGET_LOG2: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr, SILU: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Up to BLOCK_M rows times the weight: a program has BLOCK_N columns of the result and one of `SPLITS` parts of K.
     `AHEAD` blocks of K are asked of L2 before the wait. With splits `out_ptr` are planes [SPLITS, tokens, OUT]; with
     `SILU`, and no splits, it is the result of SiLU and multiplication, [tokens, OUT / 2].
 
     With `SWAP` the weight's tile is the left operand. On compute capability 9.0, with BLOCK_N a multiple of 64 and
-    `num_warps` of 4, tensor cores then read both operands from shared memory, and not through registers.
-
-    With S slices, of which the first are W0 and W1 wide, the rows' deltas are added, by the parts of K in turn; with
-    none, what is about h and B is ignored."""
+    `num_warps` of 4, tensor cores then read both operands from shared memory, and not through registers."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     STEPS: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
@@ -183,14 +177,12 @@ def skinny_rows_kernel(
     split = tl.program_id(0) % SPLITS
     k_begin = split * STEPS * BLOCK_K
     n, n_seen = _columns(tile, tl.arange(0, BLOCK_N), OUT, BLOCK_N, SILU)
-    m = tl.arange(0, BLOCK_M)
-    if PDL and AHEAD > 0:
-        COLUMNS: tl.constexpr = (AHEAD if AHEAD < STEPS else STEPS) * BLOCK_K
-        _ask_l2(w_ptr, tile, k_begin, OUT, K, BLOCK_N, COLUMNS, PIECES, SILU)
-    if S > 0:
-        position, own_pages = rows_of_adapters(work_ptr, tokens_at, tokens, m)
     if PDL:
+        if AHEAD > 0:
+            COLUMNS: tl.constexpr = (AHEAD if AHEAD < STEPS else STEPS) * BLOCK_K
+            _ask_l2(w_ptr, tile, k_begin, OUT, K, BLOCK_N, COLUMNS, PIECES, SILU)
         tl.extra.cuda.gdc_wait()
+    m = tl.arange(0, BLOCK_M)
     x_rows = x_ptr + m.to(tl.int64) * stride_x
     w_rows = w_ptr + tl.minimum(n, OUT - 1).to(tl.int64) * K
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -213,13 +205,6 @@ def skinny_rows_kernel(
         acc = tl.trans(acc)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_seen, other=0.0).to(tl.float32)[None, :]
-    if S > 0:
-        first_slice, last_slice = _slices_of(tile, OUT, BLOCK_N, W0, W1, SILU)
-        acc = add_delta_of_rows(
-            acc, h_ptr, b_ptr, work_ptr, position, own_pages, n, n_seen, first_slice, last_slice, split, stride_page,
-            stride_b, blocks_at, pages_at, plane_rows, max_pages, OUT, W0, W1, S, SPLITS, MAX_SHIFT, TARGET_LOG2,
-            GROUP,
-        )  # fmt: skip
     made = acc.to(out_ptr.dtype.element_ty)
     if SILU:
         gate, up = tl.split(tl.permute(tl.reshape(made, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

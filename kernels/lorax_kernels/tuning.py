@@ -28,15 +28,14 @@ class LoraConfig:
     `pdl` lets expand start while shrink still runs (programmatic dependent launch, compute capability 9.0 and up);
     `overlap` runs shrink beside the base layer's product on a second stream: "none", "shrink_first" or "product_first".
 
-    `fuse_norm` and `fuse_silu` leave the deltas of decode to the norm or to SiLU and multiplication after the base
-    layer (`expand_nodes`), launched early with `fuse_pdl`. SiLU and multiplication then takes `fuse_row_n` columns of
+    `fuse_norm`, `fuse_silu` and `fuse_rope` leave the deltas of decode to the norm, to SiLU and multiplication or to
+    the rotation after the base layer (`expand_nodes`), launched early with `fuse_pdl`. A program of the rotation has
+    `fuse_rope_heads` heads of a row. SiLU and multiplication then takes `fuse_row_n` columns of
     a single row or `fuse_block_n` of up to 16 rows at a time, with `fuse_warps` warps a program, `fuse_registers` a
     thread at most and `fuse_waves` programs a multiprocessor.
 
     With `one_row_in_product` the product of a single row adds the delta itself, where a Triton kernel computes it
-    (`GemmConfig`); this goes before `overlap` and before leaving deltas to nodes. With `rows_in_product` so does the
-    product of 2 to 32 rows, except where `fuse_norm` leaves the delta to a norm; `product_group` row blocks of 16 rows
-    of B are one step there.
+    (`GemmConfig`); this goes before `overlap` and before leaving deltas to nodes.
 
     An input of `long_input` elements and more, none with 0, is read `long_block_k` at a time by a single row and split
     into up to 2**`long_split_shift` parts, until there are about 2**`long_target_log2` pieces.
@@ -57,14 +56,14 @@ class LoraConfig:
     pdl: bool = False
     overlap: str = "none"
     one_row_in_product: bool = False
-    rows_in_product: bool = False
-    product_group: int = 4
     long_input: int = 0
     long_block_k: int = 1024
     long_split_shift: int = 4
     long_target_log2: int = 10
     fuse_norm: bool = False
     fuse_silu: bool = False
+    fuse_rope: bool = False
+    fuse_rope_heads: int = 4
     fuse_pdl: bool = False
     fuse_row_n: int = 512
     fuse_block_n: int = 128

@@ -171,9 +171,9 @@ class Decoder:
                 )
             normed, x = rms_norm(x, layer.input_norm, eps, block, delta)
             if planes:
-                qkv, _ = sites["qkv"].begin(layer.qkv, normed, lora.qkv)
+                qkv = sites["qkv"].begin(layer.qkv, normed, lora.qkv)
             else:
-                qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv)
+                qkv = sites["qkv"].project(layer.qkv, normed, lora.qkv), None
             attended = self._attend(index, qkv, positions, attention, cache)
             block, delta = sites["o"].begin(layer.o, attended, lora.o)
             normed, x = rms_norm(x, layer.post_norm, eps, block, delta)
@@ -198,12 +198,14 @@ class Decoder:
     def _attend(
         self,
         index: int,
-        qkv: torch.Tensor,
+        given: tuple[torch.Tensor, Delta | None],
         positions: torch.Tensor,
         attention: AttentionBatch,
         cache: KvCache,
     ) -> torch.Tensor:
-        """Attention of layer `index`: qkv [T, q + 2 kv], or planes -> [T, q]. Stores the step's keys and values."""
+        """Attention of layer `index`: qkv [T, q + 2 kv], or planes, and what it lacks -> [T, q]. Stores the step's keys
+        and values."""
+        qkv, delta = given
         config, layer = self.config, self.weights.layers[index]
         layer_cache = cache.keys[index], cache.values[index]
         queries = rope_and_cache(
@@ -214,9 +216,10 @@ class Decoder:
             attention.slot_mapping,
             layer.qk_norms,
             config.rms_norm_eps,
+            delta,
         )
         window = config.layer_windows[index]
-        if qkv.dim() == 3:
+        if qkv.dim() == 3 or delta is not None:
             out = paged_attention(queries, *layer_cache, attention, self._scale, window)
         else:
             values = qkv.view(qkv.shape[0], -1, config.head_dim)[:, -config.num_kv_heads :]

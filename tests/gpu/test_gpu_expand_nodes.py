@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-FUSED = replace(DEFAULT, fuse_norm=True, fuse_silu=True)
+FUSED = replace(DEFAULT, fuse_norm=True, fuse_silu=True, fuse_rope=True)
 EARLY = replace(FUSED, fuse_pdl=True)
 CONFIGS = {
     "one after the other": FUSED,
@@ -36,13 +36,13 @@ CONFIGS = {
     "product first": replace(
         FUSED, overlap="product_first", fuse_row_n=256, fuse_block_n=64, fuse_registers=128
     ),
-    "product first, dependent node": replace(EARLY, overlap="product_first"),
+    "product first, dependent node": replace(EARLY, overlap="product_first", fuse_rope_heads=8),
     "product first, dependent launch": replace(EARLY, pdl=True, overlap="product_first"),
     "shrink first, dependent launch": replace(EARLY, pdl=True, overlap="shrink_first", split_shift=4),
 }
 RANKS = (1, 3, 12, 96, 256)
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WIDE = {"width": 1024, "in_features": 512, "device": "cuda"}
+WIDE = {"width": 1024, "heads": (8, 2), "head_dim": 128, "in_features": 512, "device": "cuda"}
 
 
 @pytest.fixture
@@ -75,9 +75,18 @@ def test_any_rank_and_dtype(ranks: tuple[int, ...], node: str, dtype: torch.dtyp
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("pdl", [False, True], ids=["plain launch", "dependent launch"])
-@pytest.mark.parametrize(("node", "width"), [("residual norm", 2880), ("silu", 1000)])
-def test_widths_that_are_no_multiple_of_a_block(node: str, width: int, pdl: bool) -> None:
-    case = make_node_case(node, 20, (12, 3, 64), "zipf", dtype=torch.bfloat16, **{**WIDE, "width": width})
+@pytest.mark.parametrize(
+    ("node", "shape"),
+    [
+        ("residual norm", {"width": 2880}),
+        ("silu", {"width": 1000}),
+        ("rope", {"heads": (9, 3), "head_dim": 80}),
+        ("rope with norms", {"heads": (32, 8), "head_dim": 128}),
+    ],
+    ids=["residual norm", "silu", "rope", "rope with norms"],
+)
+def test_widths_that_are_no_multiple_of_a_block(node: str, shape: dict[str, object], pdl: bool) -> None:
+    case = make_node_case(node, 20, (12, 3, 64), "zipf", dtype=torch.bfloat16, **{**WIDE, **shape})
     batch = case.lora.batch("cuda")
     assert batch is not None
     check_against_twin(case, batch, replace(FUSED, pdl=pdl, fuse_pdl=pdl), TOLERANCE[torch.bfloat16])
@@ -112,18 +121,19 @@ def test_one_graph_runs_every_mix_of_adapters(node: str, config: str) -> None:
     )
     inputs = [torch.randn_like(lora.x) for _ in range(repeats)]
     bases = [torch.nn.functional.linear(x, weight) for x in inputs]
+    caches = [case.caches(lora.out) for _ in range(repeats)]
 
-    def once(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def once(x: torch.Tensor, pair_of_caches: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         layer, pair = (weight, None), (lora.a, lora.b)
         out, delta = begin_linear(x, layer, pair, batch, lora.out_slices, CONFIGS[config])
         assert delta is not None
-        return case.run(out, delta)
+        return case.run(out, delta, pair_of_caches)
 
-    once(inputs[0])
+    once(inputs[0], caches[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [once(x) for x in inputs]
+        results = [once(x, pair) for x, pair in zip(inputs, caches, strict=True)]
     rng = np.random.default_rng(0)
     for popularity, base_share in (("distinct", 0.0), ("identical", 0.5), ("uniform", 1.0), ("zipf", 0.3)):
         slots = draw_slots(rng, tokens, 5, popularity, base_share)
@@ -146,6 +156,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool, bool
         fields = {
             "fuse_norm": fused,
             "fuse_silu": fused,
+            "fuse_rope": fused,
             "fuse_pdl": pdl,
             "pdl": pdl,
             "overlap": "product_first",

@@ -148,16 +148,16 @@ def test_norms_sum_what_split_products_leave_and_products_do_silu(
     assert nodes_per_layer(after) == nodes + (rows > 1) / LAYERS, after
 
 
-def test_products_of_several_rows_that_add_the_deltas_leave_12_launches_a_layer(
+def test_a_rotation_that_adds_the_deltas_sums_what_the_product_leaves(
     decode: Callable[..., tuple[torch.Tensor, Counter[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rotation and the norms sum what split products leave, with the deltas in it. No norm comes after the last
-    product."""
+    """Two launches a layer fewer: expand, and the sum of the first product's parts."""
     monkeypatch.setattr(skinny_gemm, "_INTERPRETER_SMS", 16)
     skinny_gemm._num_sms.cache_clear()
     want, _ = decode(None, plain=False, rows=5)
-    got, after = decode({"rows_in_product": True}, PRODUCT, False, 5)
+    got, after = decode(FUSING | {"fuse_rope": True}, PRODUCT, False, 5)
     skinny_gemm._num_sms.cache_clear()
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-    assert after["bgmv_expand_kernel"] == 0
-    assert nodes_per_layer(after) == 12 + 1 / LAYERS, after
+    # No norm comes after the last product: its deltas are expanded, and its parts summed.
+    assert after["bgmv_expand_kernel"] == 1
+    assert nodes_per_layer(after) == 13 + 2 / LAYERS, after

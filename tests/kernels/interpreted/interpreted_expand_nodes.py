@@ -20,8 +20,8 @@ from lorax_kernels.expand_nodes import begin_linear
 from lorax_kernels.tuning import LoraConfig
 
 SMALL = LoraConfig(
-    fuse_norm=True, fuse_silu=True, block_k=32, split_shift=2, row_n=64, block_n=32, fuse_row_n=64, fuse_block_n=32,
-    fuse_waves=1,
+    fuse_norm=True, fuse_silu=True, fuse_rope=True, block_k=32, split_shift=2, row_n=64,
+    block_n=32, fuse_row_n=64, fuse_block_n=32, fuse_waves=1,
 )  # fmt: skip
 
 
@@ -56,6 +56,13 @@ def test_mixed_batches(node: str) -> None:
 def test_widths_that_are_no_multiple_of_a_block(node: str, width: int) -> None:
     for popularity in ("distinct", "identical"):
         run(make_node_case(node, 3, (8, 20), popularity, width=width))
+
+
+@pytest.mark.parametrize(
+    ("node", "heads", "dim"), [("rope", (9, 3), 64), ("rope with norms", (8, 1), 80)], ids=str
+)
+def test_any_grouping_of_heads(node: str, heads: tuple[int, int], dim: int) -> None:
+    run(make_node_case(node, 2, (8, 20), "distinct", heads=heads, head_dim=dim))
 
 
 @pytest.mark.parametrize("node", NODES)
