@@ -17,11 +17,14 @@ _TOKENS = (1, 17, 200, 300)
 def warm_up_prefill(decoder: Decoder, builder: BatchBuilder, cache: KvCache) -> None:
     """Run what steps with prompts run that are no graphs; nothing is written to the cache."""
     device = builder.device
+    longest = builder.max_blocks * builder.block_size
     for tokens in _TOKENS:
+        # Of several prompts where none may be as long: a list of blocks ends with the longest.
+        starts = np.array([*range(0, tokens, longest), tokens], dtype=np.int32)
         attention = AttentionBatch.build(
-            np.array([0, tokens], dtype=np.int32),
-            np.array([tokens], dtype=np.int32),
-            np.zeros((1, builder.max_blocks), dtype=np.int32),
+            starts,
+            np.diff(starts),
+            np.zeros((starts.size - 1, builder.max_blocks), dtype=np.int32),
             np.full(tokens, -1, dtype=np.int64),
             device,
         )
