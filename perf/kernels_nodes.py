@@ -34,7 +34,9 @@ FUSE_MODE_CHOICES = [
 FUSE_WHERE_CHOICES = [
     {"fuse_norm": norm, "fuse_silu": silu} for norm in (False, True) for silu in (False, True)
 ]
-FUSE_ROPE_CHOICES = [{"fuse_rope": False}] + [{"fuse_rope": True, "fuse_rope_heads": n} for n in (2, 4, 8)]
+FUSE_ROPE_CHOICES = [{"fuse_rope": False}] + [
+    {"fuse_rope": True, "fuse_rope_heads": n} for n in (4, 8, 16, 32)
+]
 LONG_CHOICES = [{"long_input": 0}] + [
     {"long_input": 8192, "long_block_k": k, "long_split_shift": s, "long_target_log2": t}
     for k, s, t in ((1024, 4, 10), (2048, 3, 9), (2048, 4, 10), (1024, 3, 9), (512, 4, 10))

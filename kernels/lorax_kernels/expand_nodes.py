@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lorax_kernels.expand_node_kernels import norm_expand_kernel, silu_expand_kernel
-from lorax_kernels.fused_triton import num_planes, silu_mul
+from lorax_kernels.fused_triton import num_planes, rope_and_cache, silu_mul
 from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, linear_in_product, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.rope_expand_kernels import rope_expand_kernel
@@ -127,20 +127,25 @@ def rope_and_cache_expand(
     delta: Delta,
 ) -> torch.Tensor:
     """`lorax_kernels.rope_and_cache` of qkv + delta, with `normed` = (norms, eps). qkv may be planes, and stays without
-    the delta."""
+    the delta. Heads whose size is no power of two cost expand as a launch of its own."""
     norms, eps = normed
     positions, cos, sin = rope
     k_cache, v_cache = cache
     rows, dim, at = qkv.shape[-2], k_cache.shape[3], delta.work.capacity
+    if dim & (dim - 1):
+        whole = qkv.sum(0).to(k_cache.dtype) if num_planes(qkv) else qkv.clone()
+        delta.add_to(whole)
+        return rope_and_cache(whole, heads, rope, cache, slot_mapping, norms, eps)
     q = torch.empty(rows, heads[0], dim, dtype=k_cache.dtype, device=qkv.device)
     config = delta.h.config
     pdl, block_h = config.fuse_pdl, config.fuse_rope_heads
-    rope_expand_kernel[(rows, cdiv(heads[0] + 2 * heads[1], block_h))](
+    rope_expand_kernel[(rows, cdiv(heads[0], block_h) + 2 * cdiv(heads[1], block_h))](
         qkv, positions, cos, sin, norms[0] if norms else qkv, norms[1] if norms else qkv, slot_mapping, q, k_cache,
         v_cache, delta.h.planes, delta.b, delta.work.data, qkv.stride(-2), cos.stride(0), eps, delta.b.stride(0),
         delta.b.stride(1), at.tokens_at, at.pages_at, delta.h.planes.shape[1], delta.work.max_pages, HEADS=heads[0],
-        KV_HEADS=heads[1], D=dim, BLOCK_D=next_power_of_2(dim // 2), BLOCK_H=block_h, QK_NORM=norms is not None,
-        **_splits(delta), PLANES=num_planes(qkv), PDL=pdl, num_warps=4, num_stages=1, **launch_options(pdl),
+        KV_HEADS=heads[1], D=dim, BLOCK_H=block_h, QK_NORM=norms is not None, **_splits(delta),
+        PLANES=num_planes(qkv), PDL=pdl, num_warps=max(1, min(16, block_h * dim // 256)), num_stages=1,
+        **launch_options(pdl),
     )  # fmt: skip
     return q
 

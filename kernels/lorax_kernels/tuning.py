@@ -63,7 +63,7 @@ class LoraConfig:
     fuse_norm: bool = False
     fuse_silu: bool = False
     fuse_rope: bool = False
-    fuse_rope_heads: int = 4
+    fuse_rope_heads: int = 8
     fuse_pdl: bool = False
     fuse_row_n: int = 512
     fuse_block_n: int = 128
