@@ -143,7 +143,7 @@ class ServerConfig:
         "sooner; 0: off; -1: 512 on CUDA with cuda_graphs, else off",
     )
     compile_processes: int = _option(
-        0,
+        -1,
         "processes that compile kernels at start on CUDA, all at once; 0: none, each kernel is compiled when it is "
         "launched first; -1: one a processor, 16 at most",
     )

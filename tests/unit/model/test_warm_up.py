@@ -21,7 +21,9 @@ def test_no_prompt_is_longer_than_one_may_be(
     runner = ModelDriver(tiny_model_path("llama"), max_total_tokens=longest).runner
     plain, rows = AttentionBatch.build, []
 
-    def build(starts: np.ndarray, contexts: np.ndarray, tables: np.ndarray, *others: object) -> AttentionBatch:
+    def build(
+        starts: np.ndarray, contexts: np.ndarray, tables: np.ndarray, *others: object
+    ) -> AttentionBatch:
         assert (contexts <= tables.shape[1] * runner._builder.block_size).all()
         rows.append(int(starts[-1]))
         assert contexts.sum() == rows[-1]
