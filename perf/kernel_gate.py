@@ -35,6 +35,8 @@ TESTS = (
     "test_gpu_fused*.py",
     "test_gpu_skinny*.py",
     "test_gpu_prefill*.py",
+    "test_gpu_row*.py",
+    "test_gpu_greedy*.py",
 )
 SOURCES = ("kernels/lorax_kernels", "tests/kernels", "tests/gpu")
 STAMP = ROOT / "perf" / "results" / "local" / "kernel_tests.json"
