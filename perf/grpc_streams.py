@@ -16,28 +16,39 @@ from records import Record, Request
 def run_streams(
     address: str, requests: Sequence[Request], processes: int = 8, timeout: float = 300.0
 ) -> list[Record]:
-    """Start all requests at once, but for those with a delay, and wait for all; records in the order of `requests`."""
-    processes = min(processes, len(requests))
+    """Start all requests at once, but for those with a delay, and wait for all; records in the order of `requests`.
+    Those with a delay are a process of their own, beside `processes` for the others."""
+    shares = _shares(requests, processes)
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(processes)
+    barrier = context.Barrier(len(shares))
     pipes, workers = [], []
-    for part in range(processes):
+    for share in shares:
         ours, theirs = context.Pipe()
-        share = list(requests[part::processes])
+        mine = [requests[index] for index in share]
         worker = context.Process(
-            target=_serve_share, args=(address, share, barrier, theirs, timeout), daemon=True
+            target=_serve_share, args=(address, mine, barrier, theirs, timeout), daemon=True
         )
         worker.start()
         theirs.close()
         pipes.append(ours)
         workers.append(worker)
     records: list[Record] = [Record(error="no answer from the client process")] * len(requests)
-    for part, pipe in enumerate(pipes):
+    for share, pipe in zip(shares, pipes, strict=True):
         if pipe.poll(timeout + 60):
-            records[part::processes] = pipe.recv()
+            for index, record in zip(share, pipe.recv(), strict=True):
+                records[index] = record
     for worker in workers:
         worker.join(10)
     return records
+
+
+def _shares(requests: Sequence[Request], processes: int) -> list[list[int]]:
+    """Which requests each process sends. A newcomer beside a dozen busy streams would wait for their threads in its own
+    client, which has one interpreter lock for all."""
+    at_once = [index for index, request in enumerate(requests) if not request.delay_s]
+    later = [index for index, request in enumerate(requests) if request.delay_s]
+    shares = [at_once[part::processes] for part in range(processes)]
+    return [share for share in (*shares, later) if share]
 
 
 def _serve_share(
