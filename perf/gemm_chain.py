@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 from kernels_timing import graph_us
 
+from lorax_kernels.configs import GemmConfig
 from lorax_kernels.fused_triton import rms_norm, rope_and_cache, silu_mul
 from lorax_kernels.skinny_gemm import begin_linear, linear, linear_silu
-from lorax_kernels.tuning import GemmConfig
 
 MODELS = {"8b": (4096, 14336, 8, 128, 128256), "1b": (2048, 8192, 8, 64, 128256)}
 """Hidden size, inner size of the MLP, heads of keys, size of a head, vocabulary."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
+from lorax_kernels.configs import DEFAULT_GEMM, GemmConfig
 from lorax_kernels.sizes import cdiv
-from lorax_kernels.tuning import DEFAULT_GEMM, GemmConfig
 
 SITES = ("gate_up", "down", "qkv", "o")
 FIELDS = ("block_n", "block_k", "stages", "warps", "split_k", "ahead", "swap")

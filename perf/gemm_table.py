@@ -11,7 +11,7 @@ import torch
 import triton
 
 import lorax_kernels.tuning
-from lorax_kernels.tuning import GemmConfig
+from lorax_kernels.configs import GemmConfig
 
 
 class Table:

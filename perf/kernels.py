@@ -63,7 +63,8 @@ from kernels_timing import measured_floors
 from table_text import text_of
 
 from lorax_kernels import lora_triton
-from lorax_kernels.tuning import DEFAULT, DEFAULT_ATTENTION, AttentionConfig, LoraConfig, lora_config
+from lorax_kernels.configs import DEFAULT, DEFAULT_ATTENTION, AttentionConfig, LoraConfig
+from lorax_kernels.tuning import lora_config
 
 
 def write_table(folder: Path, kind: str, configs: Mapping[int, LoraConfig | AttentionConfig]) -> None:

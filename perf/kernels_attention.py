@@ -12,7 +12,7 @@ import triton
 from kernels_timing import graph_us
 
 from lorax_kernels import AttentionBatch, attention_triton
-from lorax_kernels.tuning import DEFAULT_ATTENTION, AttentionConfig
+from lorax_kernels.configs import DEFAULT_ATTENTION, AttentionConfig
 
 ATTENTION_SHAPES = [
     (1, 1, 256), (1, 1, 2048), (1, 1, 32768), (8, 1, 256), (8, 1, 4096), (32, 1, 256), (32, 1, 2048), (128, 1, 256),

@@ -38,7 +38,8 @@ from gemm_chain import MODELS, Configs, Head, Model, Reference, shapes_of
 from gemm_choices import SITES, choices, shown, site_choices
 from gemm_table import Table
 
-from lorax_kernels.tuning import DEFAULT_GEMM, GemmConfig, forget_configs, gemm_config
+from lorax_kernels.configs import DEFAULT_GEMM, GemmConfig
+from lorax_kernels.tuning import forget_configs, gemm_config
 
 LAYERS = 8
 ROWS = (1, 2, 4, 8, 16, 24, 32)

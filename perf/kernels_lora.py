@@ -11,7 +11,7 @@ from kernels_nodes import FUSE_CHOICES, Chain
 from kernels_timing import graph_us
 
 from lorax_kernels import LoraBatch, LoraSite, PageLayout, WorkBuffer, lora_triton, pages_for_rank
-from lorax_kernels.tuning import LoraConfig
+from lorax_kernels.configs import LoraConfig
 
 SHAPES = {
     "8b": {

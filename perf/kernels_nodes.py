@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from lorax_kernels import LoraBatch, linear_silu_mul, rms_norm, rope_and_cache
+from lorax_kernels.configs import LoraConfig
 from lorax_kernels.expand_nodes import begin_linear, linear_silu
 from lorax_kernels.skinny_gemm import begin_linear as begin_base
-from lorax_kernels.tuning import LoraConfig
 
 NODES = {"o": "norm", "qkv": "rope", "gate_up": "silu", "down": "norm"}
 """What reads the output of each site."""

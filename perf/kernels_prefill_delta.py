@@ -38,11 +38,12 @@ from prefill_gemm_turns import Turns
 
 import lorax_kernels
 from lorax_kernels import LoraBatch, PageLayout, lora_triton, pages_for_rank
+from lorax_kernels.configs import DEFAULT_PREFILL_DELTA, DEFAULT_PREFILL_SILU_DELTA, PrefillConfig
 from lorax_kernels.fused_reference import silu_mul as silu_mul_reference
 from lorax_kernels.fused_triton import silu_mul
 from lorax_kernels.prefill_delta import TileDelta
 from lorax_kernels.prefill_gemm import prefill_linear, prefill_linear_silu
-from lorax_kernels.tuning import DEFAULT_PREFILL_DELTA, DEFAULT_PREFILL_SILU_DELTA, PrefillConfig, lora_config
+from lorax_kernels.tuning import lora_config
 
 ANSWER_S = 180.0  # for a process that compiles and checks one choice
 _CALLS = 3

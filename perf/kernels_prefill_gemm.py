@@ -37,8 +37,8 @@ from peers import MATMUL_TFLOPS
 from prefill_gemm_choices import Choice, compare, product, proven, reference, shown, site_choices, weight_of
 from prefill_gemm_turns import Turns
 
+from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_triton import silu_mul
-from lorax_kernels.tuning import PrefillConfig
 
 MODELS = {"8b": (4096, 14336, 6144), "1b": (2048, 8192, 3072)}
 """Widths: hidden, inner of the MLP, queries with keys and values."""

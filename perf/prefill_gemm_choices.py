@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "perf")]
 
 import torch
 
+from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_reference import silu_mul as silu_mul_reference
 from lorax_kernels.prefill_gemm import prefill_linear, prefill_linear_silu
-from lorax_kernels.tuning import PrefillConfig
 
 TOLERANCE = 1e-2
 ANSWER_S = 90.0  # for the start of a process, and for one choice

@@ -16,14 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lorax_kernels.configs import AttentionConfig, launch_options
 from lorax_kernels.metadata import AttentionBatch, IntArray
 from lorax_kernels.sizes import cdiv, next_power_of_2
-from lorax_kernels.tuning import (
-    AttentionConfig,
-    attention_config,
-    launch_options,
-    node_config,
-)
+from lorax_kernels.tuning import attention_config, node_config
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 32

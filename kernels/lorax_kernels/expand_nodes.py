@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_kernels.configs import LoraConfig, launch_options
 from lorax_kernels.expand_node_kernels import norm_expand_kernel, silu_expand_kernel
 from lorax_kernels.fused_triton import num_planes, rope_and_cache, silu_mul
 from lorax_kernels.lora_triton import Shrunk, expand, linear_and_shrink, linear_in_product, num_sms, work_of
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.rope_expand_kernels import rope_expand_kernel
 from lorax_kernels.sizes import cdiv, next_power_of_2
-from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
+from lorax_kernels.tuning import lora_config
 from lorax_kernels.worklist import DECODE_MAX_TOKENS, LoraWork
 
 

@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lorax_kernels.configs import launch_options
 from lorax_kernels.sizes import cdiv, next_power_of_2
-from lorax_kernels.tuning import launch_options, node_config
+from lorax_kernels.tuning import node_config
 
 
 @triton.jit

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lorax_kernels.configs import launch_options
 from lorax_kernels.greedy import LOGIT_LIMIT, SCORED, GreedyMemory, num_splits
 from lorax_kernels.sizes import cdiv, next_power_of_2
-from lorax_kernels.tuning import launch_options, node_config
+from lorax_kernels.tuning import node_config
 
 _MOST_COLUMNS = 2048  # of a tile
 _LANE_COLUMNS = 8  # of a thread

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorax_kernels import prefill_gemm, skinny_gemm
+from lorax_kernels.configs import LoraConfig, launch_options
 from lorax_kernels.expand_kernels import bgmv_expand_kernel, sgmv_expand_kernel
 from lorax_kernels.layout import PAGE_RANK
 from lorax_kernels.lora_kernels import bgmv_shrink_kernel, sgmv_shrink_kernel
@@ -25,7 +26,7 @@ from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.prefill_delta import TileDelta
 from lorax_kernels.sizes import next_power_of_2
 from lorax_kernels.skinny_gemm import RowDelta
-from lorax_kernels.tuning import LoraConfig, launch_options, lora_config
+from lorax_kernels.tuning import lora_config
 from lorax_kernels.worklist import LoraWork
 
 MAX_SLICES = 3

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_kernels.tuning import PrefillConfig
+from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.worklist import TILE_ROWS, LoraWork
 
 _MAX_SLICES = 3

@@ -12,10 +12,11 @@ import functools
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.prefill_delta import TileDelta, without_delta
 from lorax_kernels.prefill_gemm_kernels import prefill_gemm_kernel, prefill_silu_kernel
 from lorax_kernels.sizes import cdiv
-from lorax_kernels.tuning import PrefillConfig, prefill_config
+from lorax_kernels.tuning import prefill_config
 from lorax_kernels.worklist import LoraWork
 
 LEAST_ROWS = 256

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from lorax_kernels import prefill_gemm
+from lorax_kernels.configs import GemmConfig, launch_options
 from lorax_kernels.sizes import cdiv
 from lorax_kernels.skinny_gemm_kernels import skinny_row_kernel, skinny_rows_kernel, sum_planes_kernel
-from lorax_kernels.tuning import GemmConfig, gemm_config, launch_options
+from lorax_kernels.tuning import gemm_config
 from lorax_kernels.worklist import LoraWork
 
 MAX_ROWS = 32

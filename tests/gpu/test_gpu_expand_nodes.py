@@ -20,8 +20,8 @@ from lora_cases import draw_slots, poison_new_tensors
 from model_driver import ModelDriver
 
 from lorax_kernels import LoraBatch, WorkBuffer, tuning
+from lorax_kernels.configs import DEFAULT
 from lorax_kernels.expand_nodes import begin_linear
-from lorax_kernels.tuning import DEFAULT
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from lora_cases import LoraCase, draw_slots, expected_delta, make_lora_case
 
 from lorax_kernels import LoraBatch, WorkBuffer, add_lora, lora_linear, lora_triton
-from lorax_kernels.tuning import DEFAULT
+from lorax_kernels.configs import DEFAULT
 
 pytestmark = [
     pytest.mark.gpu,

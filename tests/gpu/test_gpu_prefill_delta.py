@@ -16,10 +16,10 @@ from lora_cases import LoraCase, expected_delta, make_lora_case, poison_new_tens
 
 import lorax_kernels
 from lorax_kernels import lora_triton, tuning
+from lorax_kernels.configs import DEFAULT_PREFILL_DELTA, DEFAULT_PREFILL_SILU_DELTA
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_delta import TileDelta
 from lorax_kernels.prefill_gemm import prefill_linear, prefill_linear_silu
-from lorax_kernels.tuning import DEFAULT_PREFILL_DELTA, DEFAULT_PREFILL_SILU_DELTA
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import lorax_kernels
 from lorax_kernels import fused_triton, tuning
+from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_gemm import prefill_linear, prefill_linear_silu
-from lorax_kernels.tuning import PrefillConfig
 
 pytestmark = [
     pytest.mark.gpu,

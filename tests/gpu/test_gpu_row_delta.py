@@ -19,8 +19,8 @@ from lora_cases import LoraCase, expected_delta, make_lora_case, poison_new_tens
 
 import lorax_kernels
 from lorax_kernels import LoraBatch, WorkBuffer, tuning
+from lorax_kernels.configs import GemmConfig, LoraConfig
 from lorax_kernels.lora_triton import linear, linear_in_product, work_of
-from lorax_kernels.tuning import GemmConfig, LoraConfig
 
 pytestmark = [
     pytest.mark.gpu,

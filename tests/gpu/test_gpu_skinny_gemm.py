@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import lorax_kernels
 from lorax_kernels import tuning
+from lorax_kernels.configs import GemmConfig
 from lorax_kernels.skinny_gemm import skinny_linear
-from lorax_kernels.tuning import GemmConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,9 +9,9 @@ import torch
 from lora_cases import LoraCase, expected_delta, make_lora_case
 
 from lorax_kernels import LoraBatch, fused_reference, fused_triton
+from lorax_kernels.configs import LoraConfig
 from lorax_kernels.expand_nodes import Delta, rms_norm_expand, rope_and_cache_expand, silu_mul_expand
 from lorax_kernels.lora_triton import shrink, work_of
-from lorax_kernels.tuning import LoraConfig
 
 NODES = ("residual norm", "silu", "rope", "rope with norms")
 EPS = 1e-5

@@ -7,15 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from lorax_kernels import tuning
-from lorax_kernels.tuning import (
-    DEFAULT,
-    DEFAULT_NODE,
-    LoraConfig,
-    gemm_config,
-    lora_config,
-    node_config,
-    prefill_config,
-)
+from lorax_kernels.configs import DEFAULT, DEFAULT_NODE, LoraConfig
+from lorax_kernels.tuning import gemm_config, lora_config, node_config, prefill_config
 
 
 @pytest.fixture(autouse=True)

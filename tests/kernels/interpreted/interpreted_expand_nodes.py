@@ -16,8 +16,8 @@ from expand_node_cases import NODES, NodeCase, check_against_twin, make_node_cas
 from lora_cases import draw_slots, poison_new_tensors
 
 from lorax_kernels import LoraBatch, WorkBuffer, lora_triton
+from lorax_kernels.configs import LoraConfig
 from lorax_kernels.expand_nodes import begin_linear
-from lorax_kernels.tuning import LoraConfig
 
 SMALL = LoraConfig(
     fuse_norm=True, fuse_silu=True, fuse_rope=True, block_k=32, split_shift=2, row_n=64,

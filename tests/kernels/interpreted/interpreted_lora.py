@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lora_cases import LoraCase, draw_slots, expected_delta, make_lora_case
 
 from lorax_kernels import LoraBatch, WorkBuffer, lora_triton
-from lorax_kernels.tuning import LoraConfig
+from lorax_kernels.configs import LoraConfig
 
 SMALL = LoraConfig(block_k=32, split_shift=2, row_n=64, block_n=32, prefill_block_k=32, prefill_block_n=32)
 RANKS = [(1,), (12, 16, 64), (96, 256, 5)]

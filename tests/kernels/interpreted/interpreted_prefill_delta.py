@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lora_cases import LoraCase, expected_delta, make_lora_case, poison_new_tensors
 
 from lorax_kernels import LoraBatch, dispatch, expand_nodes, lora_triton, prefill_gemm, tuning
+from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_delta import TileDelta
 from lorax_kernels.prefill_gemm import prefill_linear, prefill_linear_silu
-from lorax_kernels.tuning import PrefillConfig
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 SMALL = PrefillConfig(block_m=128, block_n=64, block_k=64, parts=2)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorax_kernels import dispatch, prefill_gemm, tuning
+from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_gemm import chosen, prefill_linear, prefill_linear_silu
-from lorax_kernels.tuning import PrefillConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 SMALL = PrefillConfig(block_m=16, block_n=32, block_k=32, group=2)

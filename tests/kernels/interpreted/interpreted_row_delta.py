@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lora_cases import expected_delta, make_lora_case, poison_new_tensors
 
 from lorax_kernels import WorkBuffer, tuning
+from lorax_kernels.configs import LoraConfig
 from lorax_kernels.expand_nodes import begin_linear
 from lorax_kernels.lora_triton import linear, linear_in_product
 from lorax_kernels.metadata import LoraBatch
 from lorax_kernels.skinny_gemm import RowDelta, skinny_linear
-from lorax_kernels.tuning import LoraConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 SEPARATE = LoraConfig(block_k=64, split_shift=2, row_n=64)

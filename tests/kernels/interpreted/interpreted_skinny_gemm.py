@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lorax_kernels import fused_triton, skinny_gemm, tuning
+from lorax_kernels.configs import GemmConfig
 from lorax_kernels.skinny_gemm import begin_linear, linear, linear_silu, share, skinny_linear
-from lorax_kernels.tuning import GemmConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 

@@ -13,8 +13,8 @@ import gemm_choices as program
 from gemm_chain import MODELS, shapes_of
 from gemm_table import Table
 
+from lorax_kernels.configs import DEFAULT_GEMM, GemmConfig
 from lorax_kernels.sizes import cdiv
-from lorax_kernels.tuning import DEFAULT_GEMM, GemmConfig
 
 SMS = 132
 
