@@ -12,10 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
+from kernel_settings import configured
 from lora_cases import LoraCase, expected_delta, make_lora_case, poison_new_tensors
 
 import lorax_kernels
-from lorax_kernels import lora_triton, tuning
+from lorax_kernels import lora_triton
 from lorax_kernels.configs import DEFAULT_PREFILL_DELTA, DEFAULT_PREFILL_SILU_DELTA
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_delta import TileDelta
@@ -133,11 +134,8 @@ def test_a_row_without_an_adapter_is_what_it_is_without_adapters() -> None:
 
 @pytest.fixture
 def _by_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LORAX_PREFILL_CONFIG", '{"delta": true}')
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, prefill={"delta": True}):
+        yield
 
 
 @pytest.mark.usefixtures("_by_environment")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from kernel_settings import configured
+
 import lorax_kernels
-from lorax_kernels import fused_triton, tuning
+from lorax_kernels import fused_triton
 from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_gemm import prefill_linear, prefill_linear_silu
@@ -124,11 +130,8 @@ def test_a_graph_follows_its_input(config: str) -> None:
 
 @pytest.fixture
 def _by_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LORAX_PREFILL_CONFIG", '{"kernel": "triton"}')
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, prefill={"kernel": "triton"}):
+        yield
 
 
 @pytest.mark.usefixtures("_by_environment")

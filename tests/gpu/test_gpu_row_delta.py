@@ -3,7 +3,6 @@ by itself and replayed between norms from a captured graph."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,10 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
+from kernel_settings import configured
 from lora_cases import LoraCase, expected_delta, make_lora_case, poison_new_tensors
 
 import lorax_kernels
-from lorax_kernels import LoraBatch, WorkBuffer, tuning
+from lorax_kernels import LoraBatch, WorkBuffer
 from lorax_kernels.configs import GemmConfig, LoraConfig
 from lorax_kernels.lora_triton import linear, linear_in_product, work_of
 
@@ -40,12 +40,8 @@ SLICES = {"one": (1000,), "three": (768, 128, 128), "three that straddle": (500,
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What computes the products; the small kernels start early where they do."""
     config = PRODUCTS[request.param]
-    monkeypatch.setenv("LORAX_GEMM_CONFIG", json.dumps(asdict(config)))
-    monkeypatch.setenv("LORAX_NODE_CONFIG", json.dumps({"pdl": config.pdl}))
-    tuning.forget_configs()
-    yield request.param
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, gemm=asdict(config), node={"pdl": config.pdl}):
+        yield request.param
 
 
 def base_layer(case: LoraCase, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

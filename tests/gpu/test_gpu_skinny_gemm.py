@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from kernel_settings import configured
 
 import lorax_kernels
 from lorax_kernels import tuning
@@ -46,11 +52,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _early_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LORAX_NODE_CONFIG", '{"pdl": true}')
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, node={"pdl": True}):
+        yield
 
 
 def make(

@@ -13,9 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kernel_settings import configured
 from lora_cases import LoraCase, expected_delta, make_lora_case, poison_new_tensors
 
-from lorax_kernels import LoraBatch, dispatch, expand_nodes, lora_triton, prefill_gemm, tuning
+from lorax_kernels import LoraBatch, dispatch, expand_nodes, lora_triton, prefill_gemm
 from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_delta import TileDelta
@@ -140,11 +141,8 @@ def test_what_a_delta_does_not_fit_is_refused(
 @pytest.fixture
 def _by_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_uses_triton", lambda tensor: True)
-    monkeypatch.setenv("LORAX_PREFILL_CONFIG", '{"delta": true, "block_n": 32, "parts": 2, "most_groups": 5}')
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, prefill={"delta": True, "block_n": 32, "parts": 2, "most_groups": 5}):
+        yield
 
 
 @pytest.mark.usefixtures("_by_environment")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from lorax_kernels import dispatch, prefill_gemm, tuning
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from kernel_settings import configured
+
+from lorax_kernels import dispatch, prefill_gemm
 from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_reference import silu_mul
 from lorax_kernels.prefill_gemm import chosen, prefill_linear, prefill_linear_silu
@@ -92,11 +98,8 @@ def test_what_does_not_fit_is_refused(x: tuple[int, ...], weight: tuple[int, ...
 @pytest.fixture
 def _by_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_uses_triton", lambda tensor: True)
-    monkeypatch.setenv("LORAX_PREFILL_CONFIG", '{"kernel": "triton", "block_m": 64, "block_n": 64}')
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, prefill={"kernel": "triton", "block_m": 64, "block_n": 64}):
+        yield
 
 
 @pytest.mark.usefixtures("_by_environment")

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kernel_settings import configured
 from lora_cases import expected_delta, make_lora_case, poison_new_tensors
 
 from lorax_kernels import WorkBuffer, tuning
@@ -29,13 +30,8 @@ WITHIN = replace(SEPARATE, one_row_in_product=True)
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     poison_new_tensors(monkeypatch)
-    monkeypatch.setenv(
-        "LORAX_GEMM_CONFIG", '{"kernel": "triton", "block_n": 32, "block_k": 256, "stages": 2}'
-    )
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, gemm={"kernel": "triton", "block_n": 32, "block_k": 256, "stages": 2}):
+        yield
 
 
 def base_layer(case, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[no-untyped-def]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from lorax_kernels import fused_triton, skinny_gemm, tuning
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from kernel_settings import configured
+
+from lorax_kernels import fused_triton, skinny_gemm
 from lorax_kernels.configs import GemmConfig
 from lorax_kernels.skinny_gemm import begin_linear, linear, linear_silu, share, skinny_linear
 
@@ -28,14 +34,9 @@ CONFIGS = {
 @pytest.fixture
 def _split(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A table that splits K, and multiprocessors enough for that."""
-    monkeypatch.setenv(
-        "LORAX_GEMM_CONFIG", '{"kernel": "triton", "block_n": 16, "block_k": 64, "split_k": 4}'
-    )
     monkeypatch.setattr(skinny_gemm, "_num_sms", lambda index: 20)
-    tuning.forget_configs()
-    yield
-    monkeypatch.undo()
-    tuning.forget_configs()
+    with configured(monkeypatch, gemm={"kernel": "triton", "block_n": 16, "block_k": 64, "split_k": 4}):
+        yield
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
