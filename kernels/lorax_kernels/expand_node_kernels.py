@@ -43,6 +43,25 @@ def _sum_of_splits(h_where, seen, splits, stride_plane, MAX_SPLITS: tl.constexpr
     return h
 
 
+@triton.jit
+def delta_of_row(
+    b, b_ptr, b_where, seen, page_list, num_pages, stride_page, h_row, splits, stride_plane, MAX_SPLITS: tl.constexpr
+):  # fmt: skip
+    """h B of one row, [columns]. `b` is B of its first page, [8, columns], and `b_where` where it lies in a page;
+    `h_row` is where h of the columns' slice begins."""
+    rank = tl.arange(0, 8)
+    delta = tl.zeros((b.shape[1],), dtype=tl.float32)
+    for j in range(num_pages):
+        # The next page's B is on its way while this one is multiplied.
+        more = j + 1 < num_pages
+        after = tl.load(page_list + j + 1, mask=more, other=0).to(tl.int64)
+        b_after = tl.load(b_ptr + after * stride_page + b_where, mask=seen[None, :] & more, other=0.0)
+        h = _sum_of_splits(h_row + j * 8 + rank, rank >= 0, splits, stride_plane, MAX_SPLITS)
+        delta += tl.sum(h[:, None] * b.to(tl.float32), axis=0)
+        b = b_after
+    return delta
+
+
 @triton.jit(do_not_specialize=_LISTED)
 def norm_expand_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, h_ptr, b_ptr, work_ptr, stride_x, stride_residual, eps,
@@ -71,18 +90,11 @@ def norm_expand_kernel(
         x = sum_of_planes(x_ptr, row, column, seen, WIDTH, PLANES).to(residual.dtype)
     else:
         x = tl.load(x_ptr + row * stride_x + column, mask=seen, other=0.0)
-    h_row = h_ptr + position * max_pages * 8
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for j in range(num_pages):
-        more = j + 1 < num_pages
-        after = tl.load(page_list + j + 1, mask=more, other=0).to(tl.int64)
-        b_after = tl.load(b_ptr + after * stride_page + b_where, mask=seen[None, :] & more, other=0.0)
-        h = _sum_of_splits(
-            h_row + j * 8 + rank, rank >= 0, splits, plane_rows * max_pages * 8, 1 << MAX_SHIFT
-        )
-        acc += tl.sum(h[:, None] * b.to(tl.float32), axis=0)
-        b = b_after
-    x = (x.to(tl.float32) + acc).to(x.dtype)
+    delta = delta_of_row(
+        b, b_ptr, b_where, seen, page_list, num_pages, stride_page, h_ptr + position * max_pages * 8, splits,
+        plane_rows * max_pages * 8, 1 << MAX_SHIFT,
+    )  # fmt: skip
+    x = (x.to(tl.float32) + delta).to(x.dtype)
     x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
     tl.store(sum_ptr + row * WIDTH + column, x, mask=seen)
     store_normed(x, weight, y_ptr, row, column, seen, eps, WIDTH)

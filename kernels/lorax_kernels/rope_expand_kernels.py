@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorax_kernels.expand_node_kernels import _LISTED, _sum_of_splits, _token_record
+from lorax_kernels.expand_node_kernels import _LISTED, _token_record, delta_of_row
 from lorax_kernels.fused_triton import rope_and_store, rope_tables, sum_of_planes
 from lorax_kernels.lora_kernels import _split_shift
 
@@ -52,16 +52,10 @@ def rope_expand_kernel(
         x = x.to(q_out_ptr.dtype.element_ty)
     else:
         x = tl.load(qkv_ptr + row * stride_qkv + column, mask=seen, other=0.0)
-    h_row = h_ptr + (position * 3 + which) * max_pages * 8 + rank
-    delta = tl.zeros((BLOCK_H * D,), dtype=tl.float32)
-    for j in range(num_pages):
-        # The next page's B is on its way while this one is multiplied.
-        more = j + 1 < num_pages
-        after = tl.load(page_list + j + 1, mask=more, other=0).to(tl.int64)
-        b_after = tl.load(b_ptr + after * stride_page + b_where, mask=seen[None, :] & more, other=0.0)
-        h = _sum_of_splits(h_row + j * 8, rank >= 0, splits, plane_rows * 3 * max_pages * 8, 1 << MAX_SHIFT)
-        delta += tl.sum(h[:, None] * b.to(tl.float32), axis=0)
-        b = b_after
+    delta = delta_of_row(
+        b, b_ptr, b_where, seen, page_list, num_pages, stride_page, h_ptr + (position * 3 + which) * max_pages * 8,
+        splits, plane_rows * 3 * max_pages * 8, 1 << MAX_SHIFT,
+    )  # fmt: skip
     x = (x.to(tl.float32) + delta).to(x.dtype)
     first, second = tl.split(tl.permute(tl.reshape(x, (BLOCK_H, 2, D // 2)), (0, 2, 1)))
     head = begin + tl.arange(0, BLOCK_H)
