@@ -22,9 +22,9 @@ class LoraConfig:
 
     `fuse_norm`, `fuse_silu` and `fuse_rope` leave the deltas of decode to the norm, to SiLU and multiplication or to
     the rotation after the base layer (`expand_nodes`), launched early with `fuse_pdl`. A program of the rotation has
-    `fuse_rope_heads` heads of a row. SiLU and multiplication then takes `fuse_row_n` columns of
-    a single row or `fuse_block_n` of up to 16 rows at a time, with `fuse_warps` warps a program, `fuse_registers` a
-    thread at most and `fuse_waves` programs a multiprocessor.
+    `fuse_rope_heads` heads of a row. SiLU and multiplication then takes `fuse_row_n` columns of a single row or
+    `fuse_block_n` of up to 16 rows at a time, with `fuse_warps` warps a program, `fuse_registers` a thread at most and
+    `fuse_waves` programs a multiprocessor.
 
     With `one_row_in_product` the product of a single row adds the delta itself, where a Triton kernel computes it
     (`GemmConfig`); this goes before `overlap` and before leaving deltas to nodes.

@@ -87,10 +87,7 @@ def prefill_config(
     shapes = {} if device is None else _prefill_table(device, silu, delta)
     sizes = shapes.get(f"{columns}x{width}", {})
     nearest = max((rows for rows in sizes if rows <= num_tokens), default=0)
-    if delta:
-        default = DEFAULT_PREFILL_SILU_DELTA if silu else DEFAULT_PREFILL_DELTA
-    else:
-        default = DEFAULT_PREFILL_SILU if silu else DEFAULT_PREFILL
+    _, default = _PREFILL[silu, delta]
     return _choose({nearest: sizes[nearest]} if nearest else {}, "prefill", default, num_tokens)
 
 
@@ -98,7 +95,7 @@ def prefill_rows(device: int | None) -> list[int]:
     """Numbers of rows from which `prefill_config` has another entry for some shape."""
     if device is None:
         return []
-    tables = (_prefill_table(device, silu, delta) for silu in (False, True) for delta in (False, True))
+    tables = (_prefill_table(device, silu, delta) for silu, delta in _PREFILL)
     return sorted({rows for table in tables for sizes in table.values() for rows in sizes})
 
 
@@ -109,6 +106,13 @@ def forget_configs() -> None:
 
 
 _LARGEST = 1 << 30
+_PREFILL = {
+    (False, False): ("configs", DEFAULT_PREFILL),
+    (True, False): ("silu", DEFAULT_PREFILL_SILU),
+    (False, True): ("delta", DEFAULT_PREFILL_DELTA),
+    (True, True): ("silu+delta", DEFAULT_PREFILL_SILU_DELTA),
+}
+"""By whether SiLU follows and whether adapters' deltas are added: the section of the table, and the default."""
 _HEAD_RATIO = 16  # so many times more columns than width has a vocabulary's weight, and no layer's
 OVERRIDE = "LORAX_{kind}_CONFIG"
 """Environment variables, such as LORAX_LORA_CONFIG, with fields of a configuration as JSON that go before every table:
@@ -168,13 +172,19 @@ def _gemm_table(device: int) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
 def _prefill_table(device: int, silu: bool, delta: bool) -> dict[str, dict[int, dict[str, Any]]]:
     """By shape and rows: {"configs": {"COLUMNSxWIDTH": {rows: entry}}, "silu": the same}, and with adapters "delta" and
     "silu+delta"; any may be missing."""
-    kind = ("silu+delta" if silu else "delta") if delta else ("silu" if silu else "configs")
-    shapes = _read(device, "prefill").get(kind, {})
+    section, _ = _PREFILL[silu, delta]
+    shapes = _read(device, "prefill").get(section, {})
     return {shape: {int(rows): entry for rows, entry in sizes.items()} for shape, sizes in shapes.items()}
 
 
-def _read(device: int, kind: str) -> dict[str, Any]:
+def table_path(kind: str, device: int | None = None) -> Path:
+    """Where the table of a kind ("lora", "attention", "node", "gemm", "prefill") for a CUDA device, the current one if
+    None, comes with the kernels. There may be none."""
     major, minor = torch.cuda.get_device_capability(device)
-    path = Path(__file__).parent / "tuned" / f"{kind}_sm{major}{minor}.json"
+    return Path(__file__).parent / "tuned" / f"{kind}_sm{major}{minor}.json"
+
+
+def _read(device: int, kind: str) -> dict[str, Any]:
+    path = table_path(kind, device)
     table: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return table

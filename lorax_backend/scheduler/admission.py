@@ -13,9 +13,9 @@ queue that has had its part goes behind the others in the same step. What is pas
   run already are taken together, which makes steps cheaper and copies fewer.
 - While several adapters are about, a flood of one must not be felt by the others. While others wait, run or did so a
   second ago, none computes more than a quarter of a step's tokens in prompts (256 at least), so steps stay short. The
-  last eighth of rows and of blocks is kept from
-  those that have more than their share, unless they are overdue. And when no row is free all the same, an adapter with
-  less than half its share takes one from an adapter that keeps its share without it (see reclaim).
+  last eighth of rows and of blocks is kept from those that have more than their share, unless they are overdue. And
+  when no row is free all the same, an adapter with less than half its share takes one from an adapter that keeps its
+  share without it (see reclaim).
 """
 
 from __future__ import annotations
