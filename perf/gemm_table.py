@@ -6,22 +6,19 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
-import triton
+from tuned_tables import header, shipped
 
-import lorax_kernels.tuning
 from lorax_kernels.configs import GemmConfig
+from lorax_kernels.tuning import table_path
 
 
 class Table:
     """The table of this device that comes with the kernels, and what is put into it."""
 
     def __init__(self) -> None:
-        major, minor = torch.cuda.get_device_capability()
-        self._name = f"gemm_sm{major}{minor}.json"
-        known = Path(lorax_kernels.tuning.__file__).parent / "tuned" / self._name
-        self._parts = json.loads(known.read_text()) if known.is_file() else {}
+        self._parts = shipped("gemm")
 
     def put(self, part: str, key: str, rows: int, config: GemmConfig) -> None:
         self._parts.setdefault(part, {}).setdefault(key, {})[str(rows)] = asdict(config)
@@ -32,12 +29,7 @@ class Table:
 
     def write(self, folder: Path, command: str) -> None:
         """As `lorax_kernels.tuning` reads it."""
-        table = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "command": command,
-        }
+        table: dict[str, Any] = dict(header(command))
         for part in ("configs", "head", "shapes"):
             keys = self._parts.get(part, {})
             table[part] = {
@@ -48,4 +40,4 @@ class Table:
         lines = re.sub(
             r"{\s+([^{}]+?)\s+}", lambda e: "{" + " ".join(e[1].split()) + "}", json.dumps(table, indent=1)
         )
-        (folder / self._name).write_text(lines + "\n")
+        (folder / table_path("gemm").name).write_text(lines + "\n")

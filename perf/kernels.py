@@ -32,7 +32,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "perf")]
 
-import torch
 import triton
 from environment import environment
 from kernel_gate import KernelTestsError, require_green
@@ -61,23 +60,21 @@ from kernels_nodes import (
 )
 from kernels_timing import measured_floors
 from table_text import text_of
+from tuned_tables import write_table
 
 from lorax_kernels import lora_triton
 from lorax_kernels.configs import DEFAULT, DEFAULT_ATTENTION, AttentionConfig, LoraConfig
 from lorax_kernels.tuning import lora_config
 
 
-def write_table(folder: Path, kind: str, configs: Mapping[int, LoraConfig | AttentionConfig]) -> None:
+def write_found(folder: Path, kind: str, configs: Mapping[int, LoraConfig | AttentionConfig]) -> None:
     """A table as `lorax_kernels.tuning` reads it."""
-    major, minor = torch.cuda.get_device_capability()
-    table = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
-        "configs": {str(size): asdict(config) for size, config in sorted(configs.items())},
-    }
-    (folder / f"{kind}_sm{major}{minor}.json").write_text(json.dumps(table, indent=1) + "\n")
+    entries = {str(size): asdict(config) for size, config in sorted(configs.items())}
+    write_table(folder, kind, command_line(), {"configs": entries})
+
+
+def command_line() -> str:
+    return " ".join(["python", "perf/kernels.py", *sys.argv[1:]])
 
 
 def compile_ahead(jobs: int, arguments: list[str]) -> None:
@@ -166,9 +163,9 @@ def main() -> None:
     rows = [Row(1, 1), Row(4, 2), Row(300, 2)] if args.smoke else ROWS
     found = search_lora(bench, rows, log, args.tune == "all") if args.tune else {}
     if found:
-        write_table(args.out, "lora", found)
+        write_found(args.out, "lora", found)
     forms: dict[str, list[dict[str, Any]]] = {}
-    report = {"environment": environment(), "command": " ".join(["python", "perf/kernels.py", *sys.argv[1:]]),
+    report = {"environment": environment(), "command": command_line(),
               "model": args.model, "kernel_tests": tests, "unchecked": tests is None, "floors": floors, "lora": [],
               "attention": [], "tuning": log, "lora_forms": forms}  # fmt: skip
     for form in ["table", *FORMS] if args.expand == "both" else [args.expand]:
@@ -299,7 +296,7 @@ def measure_attention(args: argparse.Namespace, log: list[dict[str, Any]]) -> li
     if args.tune == "all":
         print("tuning attention", flush=True)
         found = bench.tune(log)
-        write_table(args.out, "attention", found)
+        write_found(args.out, "attention", found)
     results = []
     for shape in ATTENTION_SHAPES[:2] if args.smoke else ATTENTION_SHAPES:
         fitting = [size for size in found if size >= shape[0]]

@@ -105,6 +105,23 @@ _TURNS = 7
 _ROUNDING = 2.0**-8  # the most that rounding to bfloat16 changes a number, as a share of it
 
 
+def exact_deltas(
+    x: torch.Tensor,
+    lora: tuple[torch.Tensor, torch.Tensor],
+    pages: list[list[int]],
+    out_slices: tuple[int, ...],
+) -> torch.Tensor:
+    """What adapters add to a site's output in float64, [R, out], for rows x [R, in] whose adapters have `pages` of the
+    A and B in `lora`."""
+    a, b = lora
+    deltas = []
+    for row, listed in zip(x.double(), pages, strict=True):
+        h = torch.einsum("psui,i->psu", a[listed].double(), row)
+        parts = b[listed].double().split(out_slices, dim=2)
+        deltas.append(torch.cat([torch.einsum("pu,puo->o", h[:, s], part) for s, part in enumerate(parts)]))
+    return torch.stack(deltas)
+
+
 class WrongResultError(Exception):
     """A kernel's result is not what float64 gives."""
 
@@ -161,16 +178,12 @@ class Case:
         if self._wanted is None:
             chosen = np.unique(np.linspace(0, self.row.tokens - 1, 64).astype(int))
             rows = torch.from_numpy(chosen).to(self.x.device)
-            a, b = self.weights[0]
-            deltas = []
-            for row in chosen:
-                pages = [int(p) for p in self.table[self.ids[row]] if p >= 0]
-                h = torch.einsum("psui,i->psu", a[pages].double(), self.x[row].double())
-                parts = b[pages].double().split(self.site.out_slices, dim=2)
-                deltas.append(
-                    torch.cat([torch.einsum("pu,puo->o", h[:, s], part) for s, part in enumerate(parts)])
-                )
-            site = self.x[rows].double() @ product.double().T + torch.stack(deltas)
+            x, pages = (
+                self.x[rows],
+                [[p for p in row if p >= 0] for row in self.table[self.ids[chosen]].tolist()],
+            )
+            deltas = exact_deltas(x, self.weights[0], pages, self.site.out_slices)
+            site = x.double() @ product.double().T + deltas
             self._wanted = rows, self.chain.expected(rows, site)
         return self._wanted
 

@@ -32,9 +32,10 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "perf")]
 import numpy as np
 import torch
 from environment import environment
-from kernels_lora import SHAPES
+from kernels_lora import SHAPES, exact_deltas
 from prefill_gemm_choices import compare, shown, weight_of
 from prefill_gemm_turns import Turns
+from tuned_tables import write_table
 
 import lorax_kernels
 from lorax_kernels import LoraBatch, PageLayout, lora_triton, pages_for_rank
@@ -127,13 +128,9 @@ def check(site: Site, got: torch.Tensor) -> None:
         ValueError: `got` is wrong in one of some rows.
     """
     chosen = np.unique(np.linspace(0, len(site.slots) - 1, 32).astype(int))
-    a, b = site.lora
-    want = site.x[chosen].double() @ site.weight.double().T
-    for index, row in enumerate(chosen):
-        pages = site.pages[site.slots[row]].tolist()
-        h = torch.einsum("psui,i->psu", a[pages].double(), site.x[row].double())
-        parts = b[pages].double().split(site.slices, dim=2)
-        want[index] += torch.cat([torch.einsum("pu,puo->o", h[:, s], part) for s, part in enumerate(parts)])
+    x = site.x[chosen]
+    pages = site.pages[site.slots[chosen]].tolist()
+    want = x.double() @ site.weight.double().T + exact_deltas(x, site.lora, pages, site.slices)
     compare(got[torch.from_numpy(chosen).to(got.device)], silu_mul_reference(want) if site.silu else want)
 
 
@@ -247,11 +244,7 @@ def main() -> None:
             print(f"\na layer, {rows} rows, {adapters} adapters: {bare_us:.0f} us; with an expand"
                   f" {expand_us - bare_us:+.0f}, the fastest {product_us - bare_us:+.0f}", flush=True)  # fmt: skip
     (args.out / f"prefill_delta-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
-    major, minor = torch.cuda.get_device_capability()
-    name = f"prefill_sm{major}{minor}.json"
-    known = ROOT / "kernels" / "lorax_kernels" / "tuned" / name
-    whole = (json.loads(known.read_text()) if known.is_file() else {}) | table
-    (args.out / name).write_text(json.dumps(whole, indent=1) + "\n")
+    write_table(args.out, "prefill", report["command"], table)
 
 
 if __name__ == "__main__":

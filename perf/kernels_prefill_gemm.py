@@ -30,12 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "perf")]
 
 import torch
-import triton
 from environment import environment
 from kernels_timing import measured_floors
 from peers import MATMUL_TFLOPS
 from prefill_gemm_choices import Choice, compare, product, proven, reference, shown, site_choices, weight_of
 from prefill_gemm_turns import Turns
+from tuned_tables import write_table
 
 from lorax_kernels.configs import PrefillConfig
 from lorax_kernels.fused_triton import silu_mul
@@ -178,13 +178,8 @@ def keep(found: Found, columns: int, width: int, results: list[dict[str, Any]]) 
 
 
 def write(args: argparse.Namespace, found: Found, report: dict[str, Any]) -> None:
-    major, minor = torch.cuda.get_device_capability()
-    table = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "command": report["command"], **found,
-    }  # fmt: skip
     (args.out / f"prefill_gemm-{args.model}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / f"prefill_sm{major}{minor}.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_table(args.out, "prefill", report["command"], found)
 
 
 def layer_times(sites: dict[str, list[dict[str, Any]]]) -> dict[str, float]:

@@ -55,7 +55,7 @@ def test_a_single_row_is_tried_with_what_is_best_for_all_and_its_own_list() -> N
 
 
 def test_a_table_keeps_what_was_not_searched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a device")
     before = Table()
     before.write(tmp_path, "as it was")
